@@ -1,0 +1,1 @@
+"""Rewrites that never change what the model computes."""
