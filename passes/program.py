@@ -1,0 +1,181 @@
+"""A captured model: one flat graph that runs on the user's own modules.
+
+Nodes are placeholders (one per input tensor), `get_attr` (parameters, buffers and `training`
+flags, by their names in the model), `call_module` (leaf modules of the model) and
+`call_function` (ATen). Every node carries `meta["val"]` (a fake value: shape with symbols for
+dynamic dimensions) and `meta["modules"]` (the names of the modules it came from, outermost
+first). A `call_module` node captured from the model also carries `meta["body"]`, the ATen graph
+of that call, so that analyses need no table of module classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from .calls import canonical_arguments, signature_of
+from .errors import InputError, PlanError
+from .structure import Structure, flatten
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """Return a size as a number: a dynamic one has the value it had in the example."""
+    if isinstance(size, int):
+        return size
+    if is_concrete_int(size):
+        return int(size)
+    return int(size.node.hint)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Return a tensor node's shape as numbers, at the example's sizes."""
+    return tuple(hint(size) for size in node.meta["val"].shape)
+
+
+class Program:
+    """A model, its graph and the call it was captured from.
+
+    Attributes:
+        model: The user's model; the graph refers to its modules and parameters by name.
+        graph: The flat graph.
+        inputs: Structure of the canonical arguments (see `calls`).
+        outputs: Structure of the result.
+        example: Canonical arguments it was captured with.
+        notes: What capture wants a user to know: static dimensions, fallbacks.
+        modes: The values of `model.training` for which the graph equals the eager forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        *,
+        inputs: Structure,
+        outputs: Structure,
+        example: dict[str, Any],
+        notes: tuple[str, ...] = (),
+        modes: frozenset[bool] = frozenset({True, False}),
+    ) -> None:
+        """Hold the parts; nothing is computed."""
+        self.model = model
+        self.graph = graph
+        self.inputs = inputs
+        self.outputs = outputs
+        self.example = example
+        self.notes = notes
+        self.modes = modes
+        self._facts: dict[str, Any] = {}
+        self._function: Callable[..., Any] | None = None
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature of the model's forward."""
+        return signature_of(self.model)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes in order."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def result(self) -> fx.Node:
+        """The output node."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph like the model: same arguments, same result type.
+
+        Raises:
+            InputError: if the call has another structure than the captured one.
+        """
+        arguments = canonical_arguments(self.signature, args, kwargs)
+        tensors, structure = flatten(arguments)
+        if structure != self.inputs:
+            raise InputError(
+                f"this program was captured for the arguments {sorted(self.example)}, "
+                f"got {sorted(arguments)} of another structure; capture it again with these inputs"
+            )
+        return self.outputs.rebuild(self.run(*tensors))
+
+    def run(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Run the graph on flat input tensors and return its flat output tensors."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        result: tuple[Any, ...] = self._function(self.model, *tensors)
+        return result
+
+    def changed(self) -> None:
+        """Drop everything derived from the graph; call it after every edit."""
+        self._facts.clear()
+        self._function = None
+
+    def fact(self, name: str, compute: Callable[[Program], Any]) -> Any:
+        """Return a cached analysis, computing it when the graph changed since."""
+        if name not in self._facts:
+            self._facts[name] = compute(self)
+        return self._facts[name]
+
+    def module(self, name: str) -> nn.Module:
+        """Return a submodule by name.
+
+        Raises:
+            PlanError: if the model has no such module.
+        """
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as error:
+            raise PlanError(
+                f"the model {type(self.model).__name__} has no module {name!r}; "
+                "is this plan for another model?"
+            ) from error
+
+    def calls(self, module: str) -> list[fx.Node]:
+        """Return the nodes that call the leaf module of this name."""
+        return [n for n in self.graph.nodes if n.op == "call_module" and n.target == module]
+
+    def leaf_calls(self, kind: type[nn.Module]) -> Iterator[tuple[fx.Node, nn.Module]]:
+        """Yield every `call_module` node of a kind with its module, in graph order."""
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                module = self.module(str(node.target))
+                if isinstance(module, kind):
+                    yield node, module
+
+    def dynamic_dimensions(self) -> dict[str, dict[int, str]]:
+        """Return, for each input, its dynamic dimensions and their symbols."""
+        return {
+            node.name: {
+                index: str(size)
+                for index, size in enumerate(node.meta["val"].shape)
+                if not is_concrete_int(size)
+            }
+            for node in self.placeholders
+        }
+
+    @property
+    def code(self) -> str:
+        """The graph as a Python function of the model (`self`) and the input tensors."""
+        return self.graph.python_code("self").src.strip()
+
+    def __str__(self) -> str:
+        """Return the program as readable code, with inputs and notes on top."""
+        lines = [f"# {type(self.model).__name__}"]
+        for node in self.placeholders:
+            sizes = ", ".join(str(size) for size in node.meta["val"].shape)
+            lines.append(f"#   {node.name}: {node.meta['val'].dtype} [{sizes}]")
+        lines.extend(f"# note: {note}" for note in self.notes)
+        return "\n".join([*lines, self.code])
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """Turn a graph into a Python function `forward(self, *tensors)` of the model."""
+    code = graph.python_code("self")
+    namespace: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, "<graphopt program>", "exec"), namespace)
+    function: Callable[..., Any] = namespace["forward"]
+    return function
