@@ -10,7 +10,7 @@ check:
 types:
 	rm -rf $(VIEW) && mkdir -p $(VIEW)/graphopt && ln -s $(CURDIR)/graphopt/* $(CURDIR)/passes $(CURDIR)/kernels $(VIEW)/graphopt && ln -s $(wildcard $(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/examples) $(VIEW)
 	cd $(VIEW) && mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache .
-	cd $(VIEW) && lint-imports --config $(CURDIR)/pyproject.toml
+	cd $(VIEW) && lint-imports --no-logo --config $(CURDIR)/pyproject.toml
 
 test:
 	pytest
