@@ -1,0 +1,341 @@
+"""Which dimensions of which parameters are one and the same axis, and which may shrink.
+
+Removing a hidden unit, an attention head or a channel means removing the same units from every
+parameter it runs through: producers, biases, norms, and the consumers that contract it. `axes_of`
+finds these coupled groups by dataflow, from the operators in the graph alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axis_flow import Flow, Role, Site, Terms, Use, tensors_of
+from .axis_terms import Axis, Term, atoms, normal, owners, size_of
+from .axis_walk import walk
+from .errors import PlanError
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter or buffer that holds units of an axis.
+
+    A parameter dimension that is used in two ways is two members; slice it once.
+
+    Attributes:
+        parameter: Name in the model; tied ones appear under the first name the graph uses.
+        dim: The dimension.
+        role: "producer" (a contraction's output), "consumer" (contracted), "pointwise" (bias,
+            norm, depthwise), "lookup" (an embedding's width) or "buffer".
+        owners: For every index along the dimension the unit it belongs to, -1 for none.
+        nodes: The nodes of the graph that use the parameter in this role.
+        inputs: For a consumer, per node the node whose value is contracted, and its dimension.
+    """
+
+    parameter: str
+    dim: int
+    role: Role
+    owners: tuple[int, ...]
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[tuple[fx.Node, int], ...] = ()
+
+    def indices(self, kept: Iterable[int]) -> list[int]:
+        """Return the indices along the dimension that remain when only `kept` units do."""
+        wanted = {-1, *kept}
+        return [index for index, owner in enumerate(self.owners) if owner in wanted]
+
+    def units(self) -> list[list[int]]:
+        """Return, unit by unit, the indices along the dimension that belong to it."""
+        result: list[list[int]] = [[] for _ in range(max(self.owners) + 1)]
+        for index, owner in enumerate(self.owners):
+            if owner >= 0:
+                result[owner].append(index)
+        return result
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """An axis that runs through parameters.
+
+    Attributes:
+        axis: Its number in the analysis it comes from.
+        key: A name that the same graph always gives it: parameter, dimension, first index and
+            distance of the units.
+        size: How many units it has.
+        kind: "heads", "head dimension", "channels" or "hidden units", from how it is used.
+        members: Everything that must be sliced together.
+        reasons: Why units cannot be removed; empty if they can.
+    """
+
+    axis: int
+    key: str
+    size: int
+    kind: str
+    members: tuple[Member, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def prunable(self) -> bool:
+        """Whether units can be removed."""
+        return not self.reasons
+
+    def of(self, role: Role) -> tuple[Member, ...]:
+        """Return the members with a role."""
+        return tuple(member for member in self.members if member.role == role)
+
+
+class Axes:
+    """The terms of a program's tensors, and its groups of coupled dimensions."""
+
+    def __init__(self, program: Program, flow: Flow) -> None:
+        """Hold the result of a walk; groups are found on demand."""
+        self._program = program
+        self._flow = flow
+        self._groups: tuple[ChannelGroup, ...] | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The static sizes in the graph and what they count."""
+        return tuple(self._flow.sites)
+
+    @property
+    def splits(self) -> tuple[tuple[fx.Node, int, Terms, str | None], ...]:
+        """The nodes that cut a dimension: node, dimension, parts, leaf module it is in."""
+        return tuple(self._flow.splits)
+
+    @property
+    def nodes(self) -> dict[fx.Node, Terms | list[Terms]]:
+        """All nodes, also those inside leaf modules, with their terms."""
+        return self._flow.terms
+
+    def term(self, node: fx.Node) -> Terms:
+        """Return the terms of a tensor node, one per dimension."""
+        return tuple(normal(item) for item in self._flow.dims(node))
+
+    def parameter(self, name: str) -> Terms:
+        """Return the terms of a parameter or buffer, one per dimension.
+
+        Raises:
+            PlanError: if the graph does not use it.
+        """
+        if name not in self._flow.parameters:
+            raise PlanError(f"the graph uses no parameter or buffer {name!r}")
+        return tuple(normal(item) for item in self._flow.parameters[name])
+
+    def sizes_with(self, node: fx.Node, dim: int, sizes: Mapping[int, int]) -> int:
+        """Return the size of a dimension when axes, by number, have other sizes."""
+        return size_of(self._flow.dims(node)[dim], sizes)
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """Return all axes that some parameter produces or consumes, in graph order."""
+        if self._groups is None:
+            self._groups = tuple(_groups(self._program, self._flow))
+        return self._groups
+
+    def group(self, key: str) -> ChannelGroup:
+        """Return the group with a key.
+
+        Raises:
+            PlanError: if there is none.
+        """
+        for group in self.groups():
+            if group.key == key:
+                return group
+        raise PlanError(f"this model has no group of channels {key!r}; is the plan for another?")
+
+
+def axes_of(program: Program) -> Axes:
+    """Return the axes of a program; analysed once per state of its graph."""
+
+    def compute(current: Program) -> Axes:
+        return Axes(current, walk(current))
+
+    axes: Axes = program.fact("axes", compute)
+    return axes
+
+
+def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
+    reasons: dict[Axis, dict[str, None]] = {}
+    for term, reason in flow.pins:
+        for axis in atoms(term):
+            reasons.setdefault(axis, {})[reason] = None
+    members: dict[Axis, list[Member]] = {}
+    roles = _Roles(program, flow)
+    for name, dims in flow.parameters.items():
+        for dim, term in enumerate(dims):
+            for axis in dict.fromkeys(atoms(term)):
+                members.setdefault(axis, []).extend(roles.members(name, dim, axis))
+    kinds = _Kinds(flow)
+    for axis, found in members.items():
+        present = {member.role for member in found}
+        if not present & {"producer", "consumer"}:
+            continue
+        why = list(reasons.get(axis, ()))
+        if axis.dynamic:
+            why.append("has another size in every call")
+        if "producer" not in present:
+            why.append("is not produced by a parameter")
+        if "consumer" not in present:
+            why.append("is not consumed by a parameter")
+        first = found[0]
+        units = first.units()
+        stride = units[1][0] - units[0][0]
+        key = f"{first.parameter}/{first.dim}/{units[0][0]}/{stride}"
+        yield ChannelGroup(
+            axis.number, key, axis.size, kinds.of(axis), tuple(found), tuple(why)
+        )
+
+
+class _Roles:
+    """What the dimensions of parameters are used for."""
+
+    def __init__(self, program: Program, flow: Flow) -> None:
+        self._flow = flow
+        self._graph = program.graph
+        self._buffers = {name for name, _ in program.model.named_buffers(remove_duplicate=False)}
+        self._uses: dict[str, list[Use]] = {}
+        for use in flow.uses:
+            self._uses.setdefault(use.name, []).append(use)
+
+    def members(self, name: str, dim: int, axis: Axis) -> list[Member]:
+        term = self._flow.parameters[name][dim]
+        uses = [
+            use
+            for use in self._uses.get(name, ())
+            if axis in atoms(use.term) and self._is_dimension(use, name, dim)
+        ]
+        of_units = tuple(owners(term, axis))
+        found: dict[Role, list[Use]] = {}
+        for use in uses:
+            found.setdefault(use.role, []).append(use)
+        result = [
+            Member(
+                name,
+                dim,
+                role,
+                of_units,
+                tuple(dict.fromkeys(use.node for use in items)),
+                tuple(dict.fromkeys(pair for use in items for pair in self._input(use, axis))),
+            )
+            for role, items in found.items()
+        ]
+        if not result:
+            role: Role = "buffer" if name in self._buffers else "pointwise"
+            result = [Member(name, dim, role, of_units, tuple(self._flow.users.get(name, ())))]
+        return result
+
+    def _is_dimension(self, use: Use, name: str, dim: int) -> bool:
+        """Whether a use is of this very dimension, or of a weight computed from several."""
+        dims = self._flow.parameters[name]
+        return use.dim is dims[dim] or not any(use.dim is other for other in dims)
+
+    def _input(self, use: Use, axis: Axis) -> list[tuple[fx.Node, int]]:
+        if use.activation is None:
+            return []
+        node = use.activation
+        if node.graph is not self._graph:
+            node = use.node.all_input_nodes[0]
+        dims = [i for i, term in enumerate(self._flow.dims(node)) if axis in atoms(term)]
+        return [(node, dims[-1])] if dims else []
+
+
+class _Kinds:
+    """Neutral names for axes, from what runs over them."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._inside = {axis for term in flow.head_dims for axis in atoms(term)}
+        self._heads = {axis for term in flow.heads for axis in atoms(term)}
+        self._channels = {
+            axis for use in flow.uses if use.convolution for axis in atoms(use.term)
+        }
+
+    def of(self, axis: Axis) -> str:
+        if axis in self._heads:
+            return "heads"
+        if axis in self._inside:
+            return "head dimension"
+        return "channels" if axis in self._channels else "hidden units"
+
+
+def resize_arguments(
+    program: Program, sizes: Mapping[int, int]
+) -> dict[str, dict[int, int]]:
+    """Rewrite every static size in the graph, and every recorded shape, for new axis sizes.
+
+    Sizes of -1 and symbolic ones stay. Parameters are not touched. The caller slices them and
+    calls `program.changed()`.
+
+    Args:
+        program: The program whose graph is edited.
+        sizes: New sizes of axes, by their number in `axes_of(program)`.
+
+    Returns:
+        Per leaf module whose own graph holds such a size, the old sizes with the new ones: the
+        attributes its code reads them from must follow.
+    """
+    axes = axes_of(program)
+    inside: dict[str, dict[int, int]] = {}
+    for site in axes.sites:
+        old = _argument(site)
+        new = site.sign * size_of(site.term, sizes)
+        if old is not None and old != new:
+            _set_argument(site, new)
+            if site.module is not None:
+                inside.setdefault(site.module, {})[abs(old)] = abs(new)
+    for node, dim, parts, module in axes.splits:
+        changed = [(size_of(part), size_of(part, sizes)) for part in parts]
+        if any(old != new for old, new in changed):
+            node.target = torch.ops.aten.split_with_sizes.default
+            node.args, node.kwargs = (node.args[0], [new for _, new in changed], dim), {}
+            if module is not None:
+                inside.setdefault(module, {}).update(changed)
+    for node, found in axes.nodes.items():
+        dims = [found] if isinstance(found, tuple) else found
+        if any(size_of(t) != size_of(t, sizes) for item in dims for t in item):
+            node.meta["val"] = _resized(node.meta["val"], dims, sizes)
+    return inside
+
+
+def _position(site: Site) -> int:
+    arguments = site.node.target._schema.arguments  # type: ignore[union-attr]
+    return next(i for i, item in enumerate(arguments) if item.name == site.argument)
+
+
+def _argument(site: Site) -> int | None:
+    index, node = _position(site), site.node
+    value: Any = node.args[index] if index < len(node.args) else node.kwargs.get(site.argument)
+    if site.position is not None and value is not None:
+        value = value[site.position]
+    return value if isinstance(value, int) else None
+
+
+def _set_argument(site: Site, new: int) -> None:
+    index, node = _position(site), site.node
+    positional = index < len(node.args)
+    value: Any = new
+    if site.position is not None:
+        value = list(node.args[index] if positional else node.kwargs[site.argument])  # type: ignore[arg-type]
+        value[site.position] = new
+    if positional:
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(site.argument, value)
+
+
+def _resized(value: Any, dims: list[Terms], sizes: Mapping[int, int]) -> Any:
+    """Return recorded values of new shapes: a tensor, or as many as there are lists of terms."""
+
+    def dimension(size: int | torch.SymInt, term: Term) -> int | torch.SymInt:
+        new = size_of(term, sizes)
+        return size if new == size_of(term) else new
+
+    results = [
+        tensor.new_empty([dimension(*pair) for pair in zip(tensor.shape, item, strict=True)])
+        for tensor, item in zip(tensors_of(value), dims, strict=True)
+    ]
+    return results[0] if isinstance(value, torch.Tensor) else type(value)(results)

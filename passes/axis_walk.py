@@ -1,0 +1,140 @@
+"""One walk over a program that applies the axis rules to every node."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import axis_contractions, axis_shapes
+from .axis_flow import RULES, Flow, Terms, arguments_of, operator_name, tensor_nodes
+from .program import Program
+from .structure import Container, Instance, Leaf, Structure
+
+
+def walk(program: Program) -> Flow:
+    """Give every tensor dimension of a program its term."""
+    flow = Flow()
+    names: dict[int, str] = {}
+    for node, plain in zip(program.placeholders, _plain(program.inputs), strict=True):
+        flow.terms[node] = flow.new(node)
+        if plain:
+            flow.pin(flow.dims(node), f"comes from the input {node.name}")
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        flow.outer, flow.module = node, None
+        body = node.meta.get("body") if node.op == "call_module" else None
+        if body is not None:
+            _walk_body(flow, program, node, body, names)
+        else:
+            _visit(flow, program, node, names)
+    _finish(flow, program)
+    return flow
+
+
+def _finish(flow: Flow, program: Program) -> None:
+    results = [item for item in _flat(program.result.args) if isinstance(item, fx.Node)]
+    tensors = [item for item in results if flow.dims(item)]
+    kept = _plain(program.outputs)
+    for position, node in enumerate(results):
+        if len(kept) != len(results) or kept[position]:
+            flow.pin(flow.dims(node), "reaches an output of the model")
+    assert len(tensors) <= len(results)
+    flow.pins.extend(flow.conflicts)
+
+
+def _walk_body(
+    flow: Flow, program: Program, call: fx.Node, body: fx.Graph, names: dict[int, str]
+) -> None:
+    """Analyse a leaf module's own graph in place of its call."""
+    flow.module = str(call.target)
+    inputs = iter(call.all_input_nodes)
+    for node in body.nodes:
+        if node.op == "placeholder":
+            source = next(inputs)
+            flow.terms[node] = flow.terms.get(source, ())
+            if source in flow.sources:
+                flow.sources[node] = flow.sources[source]
+        elif node.op == "output":
+            result = next(item for item in _flat(node.args) if isinstance(item, fx.Node))
+            flow.terms[call] = flow.terms.get(result, ())
+            if result in flow.sources:
+                flow.sources[call] = flow.sources[result]
+        else:
+            _visit(flow, program, node, names)
+
+
+def _visit(flow: Flow, program: Program, node: fx.Node, names: dict[int, str]) -> None:
+    if node.op == "get_attr":
+        _visit_weight(flow, program, node, names)
+        return
+    tensors = tensor_nodes(node)
+    for item in tensors:
+        for name in flow.sources.get(item, ()) if item.op == "get_attr" else ():
+            assert flow.outer is not None
+            if flow.outer not in flow.users.setdefault(name, []):
+                flow.users[name].append(flow.outer)
+    if node.op == "call_function" and all(item in flow.sources for item in tensors):
+        flow.sources[node] = frozenset().union(*(flow.sources[item] for item in tensors))
+    flow.terms[node] = _apply(flow, node)
+
+
+def _visit_weight(flow: Flow, program: Program, node: fx.Node, names: dict[int, str]) -> None:
+    value = _attribute(program, str(node.target))
+    if not isinstance(value, torch.Tensor):
+        return
+    name = names.setdefault(id(value), str(node.target))
+    if name not in flow.parameters:
+        flow.parameters[name] = flow.new_dims(value)
+    flow.terms[node] = flow.parameters[name]
+    flow.sources[node] = frozenset({name})
+
+
+def _apply(flow: Flow, node: fx.Node) -> Terms | list[Terms]:
+    if node.target is operator.getitem:
+        found = flow.terms.get(node.args[0], ())  # type: ignore[arg-type]
+        return found[node.args[1]] if isinstance(found, list) else ()  # type: ignore[index]
+    if not tensor_nodes(node) and node.meta.get("val") is None:
+        return ()
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return axis_contractions.unknown(flow, node, {})
+    name = operator_name(node)
+    found_rule = RULES.get(name) or RULES.get(name.rstrip("_"))
+    if found_rule is not None:
+        return found_rule(flow, node, arguments_of(node))
+    if torch.Tag.pointwise in node.target.tags:
+        return axis_shapes.pointwise(flow, node, {})
+    return axis_contractions.unknown(flow, node, {})
+
+
+def _attribute(program: Program, target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(program.model.get_submodule(module), name)
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return [item for inner in value for item in _flat(inner)]
+    return [value]
+
+
+def _plain(structure: Structure) -> list[bool]:
+    """Say for every tensor of a structure whether it is outside of plain objects.
+
+    A tensor held by a plain object (a key/value cache) is state that a model hands to itself, and
+    changes its size along with the model.
+    """
+    result: dict[int, bool] = {}
+
+    def visit(item: Structure, plain: bool) -> None:
+        if isinstance(item, Leaf):
+            result[item.index] = plain
+        elif isinstance(item, (Container, Instance)):
+            for child in item.children:
+                visit(child, plain and isinstance(item, Container))
+
+    visit(structure, True)
+    return [result[index] for index in sorted(result)]
