@@ -10,9 +10,3 @@ def test_import_loads_nothing_heavy() -> None:
     code = f"import graphopt, sys; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
-
-
-def test_import_starts_no_cuda() -> None:
-    code = "import graphopt, torch; print(torch.cuda.is_initialized())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.stdout.strip(), result.stderr) == ("False", "")
