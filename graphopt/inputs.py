@@ -202,18 +202,20 @@ def _from_config(
     """Yield arguments that a configuration (vocabulary, image size, ...) describes."""
     signature, config = signature_of(model), getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
-    if not isinstance(main, str) or not _accepts(signature, main):
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if main not in signature.parameters and not open_ended:
         main = next(iter(signature.parameters), None)
-    if config is None or main not in _VALUES:
+    if not hasattr(config, "__dict__") or main not in _VALUES:
         return
     for rows in dict.fromkeys((batch, 1)):
         for value in _VALUES[main](config, sampler, rows, length):
             arguments = {main: value}
-            if main == "input_ids" and _accepts(signature, "attention_mask"):
+            if main == "input_ids" and "attention_mask" in signature.parameters:
                 arguments |= _pad_rows(config, value)
             others = {
                 name: made
-                for name in _VALUES.keys() & signature.parameters.keys() - arguments.keys()
+                for name in _VALUES
+                if name in signature.parameters and name not in arguments
                 for made in itertools.islice(_VALUES[name](config, sampler, rows, length), 1)
             }
             decoder = others.pop("decoder_input_ids", None)
@@ -225,29 +227,16 @@ def _from_config(
                 yield canonical_arguments(signature, (), arguments | others)
 
 
-def _accepts(signature: inspect.Signature, name: str) -> bool:
-    return name in signature.parameters or any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()
-    )
-
-
-def _settings(config: Any) -> list[dict[str, Any]]:
-    """Return the settings of a configuration, then those of the configurations inside it."""
-    own = dict(getattr(config, "__dict__", {}))
-    inside = [value for value in own.values() if hasattr(value, "to_dict")]
-    return [own, *(settings for value in inside for settings in _settings(value))]
+def _configurations(config: Any) -> list[Any]:
+    """Return a configuration and those inside it (of a text or a vision part), outermost first."""
+    inside = [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return [config, *(part for value in inside for part in _configurations(value))]
 
 
 def _setting(config: Any, *names: str) -> Any:
-    """Return the first of the settings that is there, asking the outer configuration first."""
-    for name in names:
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    for settings in _settings(config):
-        for name in names:
-            if settings.get(name) is not None:
-                return settings[name]
-    return None
+    """Return the first of the settings that is there."""
+    values = (getattr(part, name, None) for part in _configurations(config) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _token_ids(config: Any, sampler: _Sampler, rows: int, length: int) -> Iterator[torch.Tensor]:
@@ -259,8 +248,8 @@ def _token_ids(config: Any, sampler: _Sampler, rows: int, length: int) -> Iterat
     if isinstance(positions, int) and positions > 0:
         length = max(2, min(length, positions // 2))
     ordinary = torch.ones(vocabulary, dtype=torch.bool)
-    for settings in _settings(config):
-        for name, value in settings.items():
+    for part in _configurations(config):
+        for name, value in vars(part).items():
             if name.endswith(("_token_id", "_token_index")):
                 for token in value if isinstance(value, (list, tuple)) else [value]:
                     if isinstance(token, int) and 0 <= token < vocabulary:
@@ -401,7 +390,10 @@ def _other_sizes(
     symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in roles}
     expressions = {text: sympy.sympify(text, locals=symbols) for text in sizes}
     equations = [expressions[text] - size for text, size in sizes.items()]
-    known = next(iter(sympy.solve(equations, list(symbols.values()), dict=True)), {})
+    try:
+        known = next(iter(sympy.solve(equations, list(symbols.values()), dict=True)), {})
+    except NotImplementedError:
+        known = {}
     if any(not getattr(known.get(symbol), "is_Integer", False) for symbol in symbols.values()):
         raise InputError(
             f"the example's sizes {sizes} do not determine the symbols {sorted(symbols)}; "
