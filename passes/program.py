@@ -11,7 +11,10 @@ of that call, so that analyses need no table of module classes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .calls import canonical_arguments, signature_of
-from .errors import InputError, PlanError
+from .errors import PlanError
 from .structure import Structure, flatten
 
 
@@ -37,6 +40,24 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(hint(size) for size in node.meta["val"].shape)
 
 
+@dataclass(frozen=True)
+class InputLimit:
+    """The type of an input tensor and, for each dimension, its smallest and largest size."""
+
+    dtype: torch.dtype
+    sizes: tuple[tuple[int, int], ...]
+
+
+Mode = tuple[bool, bool]
+"""Whether the model is in training mode, and whether gradients are recorded."""
+
+
+def eager_forward(model: nn.Module) -> Callable[..., Any]:
+    """Return the forward the model's author wrote, also when a program is installed."""
+    forward: Callable[..., Any] = getattr(model, "_graphopt_eager_forward", model.forward)
+    return forward
+
+
 class Program:
     """A model, its graph and the call it was captured from.
 
@@ -47,7 +68,8 @@ class Program:
         outputs: Structure of the result.
         example: Canonical arguments it was captured with.
         notes: What capture wants a user to know: static dimensions, fallbacks.
-        modes: The values of `model.training` for which the graph equals the eager forward.
+        modes: The modes in which the graph equals the eager forward; in others a call runs that.
+        ranges: Smallest and largest value of a dynamic size, by its symbol, where it is limited.
     """
 
     def __init__(
@@ -59,7 +81,7 @@ class Program:
         outputs: Structure,
         example: dict[str, Any],
         notes: tuple[str, ...] = (),
-        modes: frozenset[bool] = frozenset({True, False}),
+        ranges: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     ) -> None:
         """Hold the parts; nothing is computed."""
         self.model = model
@@ -68,7 +90,8 @@ class Program:
         self.outputs = outputs
         self.example = example
         self.notes = notes
-        self.modes = modes
+        self.modes: frozenset[Mode] = frozenset(product((True, False), repeat=2))
+        self.ranges = ranges
         self._facts: dict[str, Any] = {}
         self._function: Callable[..., Any] | None = None
 
@@ -90,17 +113,32 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph like the model: same arguments, same result type.
 
-        Raises:
-            InputError: if the call has another structure than the captured one.
+        A call of another structure, of sizes outside the captured ranges, or in a mode in which
+        the graph is not the model's forward, runs the eager forward.
         """
         arguments = canonical_arguments(self.signature, args, kwargs)
         tensors, structure = flatten(arguments)
-        if structure != self.inputs:
-            raise InputError(
-                f"this program was captured for the arguments {sorted(self.example)}, "
-                f"got {sorted(arguments)} of another structure; capture it again with these inputs"
-            )
-        return self.outputs.rebuild(self.run(*tensors))
+        if structure == self.inputs and self.accepts(tensors):
+            return self.outputs.rebuild(self.run(*tensors))
+        return eager_forward(self.model)(*args, **kwargs)
+
+    def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Say whether the graph may run on these tensors now: mode, types and sizes."""
+        if (self.model.training, torch.is_grad_enabled()) not in self.modes:
+            return False
+        for tensor, limit in zip(tensors, self.limits, strict=True):
+            if tensor.dim() != len(limit.sizes) or tensor.dtype != limit.dtype:
+                return False
+            for size, (smallest, largest) in zip(tensor.shape, limit.sizes, strict=True):
+                if not smallest <= size <= largest:
+                    return False
+        return True
+
+    @property
+    def limits(self) -> tuple[InputLimit, ...]:
+        """What each input tensor must look like."""
+        limits: tuple[InputLimit, ...] = self.fact("limits", _limits)
+        return limits
 
     def run(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Run the graph on flat input tensors and return its flat output tensors."""
@@ -179,3 +217,18 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, "<graphopt program>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
     return function
+
+
+_UNLIMITED = (0, 2**63 - 1)
+
+
+def _limits(program: Program) -> tuple[InputLimit, ...]:
+    def size_range(size: int | torch.SymInt) -> tuple[int, int]:
+        if is_concrete_int(size):
+            return int(size), int(size)
+        return program.ranges.get(str(size), _UNLIMITED)
+
+    return tuple(
+        InputLimit(value.dtype, tuple(size_range(size) for size in value.shape))
+        for value in (node.meta["val"] for node in program.placeholders)
+    )
