@@ -276,29 +276,39 @@ def resize_arguments(
 
     Returns:
         Per leaf module whose own graph holds such a size, the old sizes with the new ones: the
-        attributes its code reads them from must follow.
+        attributes its code reads them from must follow. A number that the module also uses for
+        something unchanged is left out.
     """
     axes = axes_of(program)
-    inside: dict[str, dict[int, int]] = {}
+    inside: dict[str, dict[int, set[int]]] = {}
+
+    def note(module: str | None, old: int, new: int) -> None:
+        if module is not None:
+            inside.setdefault(module, {}).setdefault(abs(old), set()).add(abs(new))
+
     for site in axes.sites:
         old = _argument(site)
         new = site.sign * size_of(site.term, sizes)
-        if old is not None and old != new:
-            _set_argument(site, new)
-            if site.module is not None:
-                inside.setdefault(site.module, {})[abs(old)] = abs(new)
+        if old is not None:
+            note(site.module, old, new)
+            if old != new:
+                _set_argument(site, new)
     for node, dim, parts, module in axes.splits:
         changed = [(size_of(part), size_of(part, sizes)) for part in parts]
+        for old, new in changed:
+            note(module, old, new)
         if any(old != new for old, new in changed):
             node.target = torch.ops.aten.split_with_sizes.default
             node.args, node.kwargs = (node.args[0], [new for _, new in changed], dim), {}
-            if module is not None:
-                inside.setdefault(module, {}).update(changed)
     for node, found in axes.nodes.items():
         dims = [found] if isinstance(found, tuple) else found
         if any(size_of(t) != size_of(t, sizes) for item in dims for t in item):
             node.meta["val"] = _resized(node.meta["val"], dims, sizes)
-    return inside
+    clear = {
+        module: {old: min(new) for old, new in found.items() if len(new) == 1 and old not in new}
+        for module, found in inside.items()
+    }
+    return {module: found for module, found in clear.items() if found}
 
 
 def _position(site: Site) -> int:

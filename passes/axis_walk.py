@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from . import axis_contractions, axis_shapes
-from .axis_flow import RULES, Flow, Terms, arguments_of, operator_name, tensor_nodes
+from .axis_flow import RULES, Flow, Terms, arguments_of, operator_name, tensor_nodes, tensors_of
 from .program import Program
 from .structure import Container, Instance, Leaf, Structure
 
@@ -51,9 +51,11 @@ def _walk_body(
 ) -> None:
     """Analyse a leaf module's own graph in place of its call."""
     flow.module = str(call.target)
-    inputs = iter(call.all_input_nodes)
+    inputs = iter(tensor_nodes(call))
     for node in body.nodes:
         if node.op == "placeholder":
+            if not tensors_of(node.meta.get("val")):
+                continue
             source = next(inputs)
             flow.terms[node] = flow.terms.get(source, ())
             if source in flow.sources:
