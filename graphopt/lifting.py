@@ -55,8 +55,8 @@ class _Lift:
         self.new: dict[fx.Node, fx.Node] = {}
         self.targets: dict[fx.Node, str] = {}
         self.attributes: dict[str, fx.Node] = {}
-        self.device_node: fx.Node | None = None
-        self.devices: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.device_input: fx.Node | None = None
+        self.device: fx.Node | None = None
 
     def run(self) -> fx.Graph:
         source = inline_regions(self.trace.exported.graph_module)
@@ -86,8 +86,8 @@ class _Lift:
                 new = self.graph.placeholder(next(names))
                 new.meta = {"val": node.meta["val"], "modules": ("",)}
                 self.new[node] = new
-                if self.device_node is None and isinstance(node.meta["val"], torch.Tensor):
-                    self.device_node = new
+                if self.device_input is None and isinstance(node.meta["val"], torch.Tensor):
+                    self.device_input = new
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 assert spec.target is not None
                 self.targets[node] = self._own_name(Trace.original_name(spec.target))
@@ -231,27 +231,23 @@ class _Lift:
 
     def _follow_device(self, node: fx.Node) -> None:
         """Make device constants follow the first input, so that `model.to(device)` works."""
-        if self.device_node is None:
+
+        def follow(value: Any) -> Any:
+            return self._device() if isinstance(value, torch.device) and value == own else value
+
+        if self.device_input is None:
             return
-        device = self.device_node.meta["val"].device
-
-        def replace(value: Any) -> Any:
-            return self._device() if value == device else value
-
+        own = self.device_input.meta["val"].device
         if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
-            node.args = tuple(
-                replace(a) if isinstance(a, torch.device) else a for a in node.args
-            )
-            node.kwargs = {
-                k: replace(a) if isinstance(a, torch.device) else a
-                for k, a in node.kwargs.items()
-            }
+            node.args = tuple(follow(a) for a in node.args)
+            node.kwargs = {name: follow(a) for name, a in node.kwargs.items()}
 
     def _device(self) -> fx.Node:
-        assert self.device_node is not None
-        node = self.graph.call_function(getattr, (self.device_node, "device"))
-        node.meta = {"val": self.device_node.meta["val"].device, "modules": ("",)}
-        return node
+        if self.device is None:
+            assert self.device_input is not None
+            self.device = self.graph.call_function(getattr, (self.device_input, "device"))
+            self.device.meta = {"val": self.device_input.meta["val"].device, "modules": ("",)}
+        return self.device
 
 
 def _innermost(node: fx.Node) -> tuple[str | None, int]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from graphopt.passes.calls import expand_arguments, signature_of
 from graphopt.passes.errors import CaptureError
@@ -171,7 +172,7 @@ def _static_dimensions(
     return [
         f"dimension {dimension} of {names[index]} is static at {tensors[index].shape[dimension]}"
         for index, dimension in wanted
-        if isinstance(nodes[index].meta["val"].shape[dimension], int)
+        if is_concrete_int(nodes[index].meta["val"].shape[dimension])
         and not (dimension == 2 and tensors[index].dim() == 3)
     ]
 
