@@ -7,15 +7,17 @@ finds these coupled groups by dataflow, from the operators in the graph alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
 from .axis_flow import Flow, Role, Site, Terms, Use, tensors_of
-from .axis_terms import Axis, Term, atoms, normal, owners, size_of
+from .axis_terms import Axis, Product, Term, atoms, normal, owners, size_of
 from .axis_walk import walk
 from .errors import PlanError
 from .program import Program
@@ -267,8 +269,8 @@ def resize_arguments(
 ) -> dict[str, dict[int, int]]:
     """Rewrite every static size in the graph, and every recorded shape, for new axis sizes.
 
-    Sizes of -1 and symbolic ones stay. Parameters are not touched. The caller slices them and
-    calls `program.changed()`.
+    Sizes of -1 and purely symbolic ones stay; a symbolic one times a static one is scaled.
+    Parameters are not touched. The caller slices them and calls `program.changed()`.
 
     Args:
         program: The program whose graph is edited.
@@ -288,11 +290,13 @@ def resize_arguments(
 
     for site in axes.sites:
         old = _argument(site)
-        new = site.sign * size_of(site.term, sizes)
-        if old is not None:
+        if isinstance(old, int):
+            new = site.sign * size_of(site.term, sizes)
             note(site.module, old, new)
             if old != new:
                 _set_argument(site, new)
+        elif isinstance(old, fx.Node):
+            _set_argument(site, _scaled(site.node, old, site.term, sizes))
     for node, dim, parts, module in axes.splits:
         changed = [(size_of(part), size_of(part, sizes)) for part in parts]
         for old, new in changed:
@@ -316,15 +320,37 @@ def _position(site: Site) -> int:
     return next(i for i, item in enumerate(arguments) if item.name == site.argument)
 
 
-def _argument(site: Site) -> int | None:
+def _scaled(user: fx.Node, size: fx.Node, term: Term, sizes: Mapping[int, int]) -> fx.Node:
+    """Return a symbolic size (batch times heads) with the sizes of its static factors replaced."""
+    term = normal(term)
+    factors = term.factors if isinstance(term, Product) else (term,)
+    changed = [(size_of(item), size_of(item, sizes)) for item in factors]
+    old = prod(before for before, after in changed if before != after)
+    new = prod(after for before, after in changed if before != after)
+    if old == new == 1:
+        return size
+    graph, value = user.graph, size.meta["val"]
+    with graph.inserting_before(user):
+        if size.target is operator.mul and isinstance(size.args[1], int) and not size.args[1] % old:
+            rest = size.args[0], size.args[1] // old * new
+        else:
+            divided = graph.call_function(operator.floordiv, (size, old))
+            divided.meta = {**size.meta, "val": value // old}
+            rest = divided, new
+        result = graph.call_function(operator.mul, rest)
+    result.meta = {**size.meta, "val": value // old * new}
+    return result
+
+
+def _argument(site: Site) -> Any:
     index, node = _position(site), site.node
     value: Any = node.args[index] if index < len(node.args) else node.kwargs.get(site.argument)
     if site.position is not None and value is not None:
         value = value[site.position]
-    return value if isinstance(value, int) else None
+    return value
 
 
-def _set_argument(site: Site, new: int) -> None:
+def _set_argument(site: Site, new: int | fx.Node) -> None:
     index, node = _position(site), site.node
     positional = index < len(node.args)
     value: Any = new

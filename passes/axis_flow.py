@@ -61,7 +61,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Site:
-    """A static number in a graph that is the size of a term.
+    """A number in a graph that is the size of a term.
 
     Attributes:
         node: The node that has it as an argument.
@@ -174,9 +174,9 @@ class Flow(Unifier):
         self.sites.append(Site(node, argument, position, term, sign, self.module))
 
     def sizes(self, node: fx.Node, argument: str, values: Any, dims: Terms) -> None:
-        """Record a list of sizes, one per dimension; entries that are not plain sizes are left."""
+        """Record a list of sizes, one per dimension; those of -1 are left."""
         for position, (value, term) in enumerate(zip(values, dims, strict=False)):
-            if isinstance(value, int) and value >= 0:
+            if isinstance(value, fx.Node) or value >= 0:
                 self.site(node, argument, term, position)
 
     def use(
