@@ -179,7 +179,7 @@ def _read_arrays(path: Path) -> dict[str, Any]:
     _require_file(path)
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         except (
             OSError,

@@ -7,6 +7,7 @@ are recognised by their attributes, and a guess counts only if the model's forwa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -138,8 +139,8 @@ class _Sampler:
     def floats(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
-    def ids(self, rows: int, length: int, allowed: torch.Tensor) -> torch.Tensor:
-        chosen = torch.randint(len(allowed), (rows, length), generator=self.generator)
+    def ids(self, shape: tuple[int, ...], allowed: torch.Tensor) -> torch.Tensor:
+        chosen = torch.randint(len(allowed), shape, generator=self.generator)
         return allowed[chosen].to(self.device)
 
 
@@ -244,7 +245,9 @@ def _token_ids(config: Any, sampler: _Sampler, rows: int, length: int) -> Iterat
     vocabulary = _setting(config, "vocab_size")
     if not isinstance(vocabulary, int):
         return
-    positions = _setting(config, "max_position_embeddings", "n_positions", "max_seq_len")
+    positions = _setting(
+        config, "max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"
+    )
     if isinstance(positions, int) and positions > 0:
         length = max(2, min(length, positions // 2))
     ordinary = torch.ones(vocabulary, dtype=torch.bool)
@@ -255,7 +258,7 @@ def _token_ids(config: Any, sampler: _Sampler, rows: int, length: int) -> Iterat
                     if isinstance(token, int) and 0 <= token < vocabulary:
                         ordinary[token] = False
     allowed = ordinary.nonzero().flatten() if ordinary.any() else torch.arange(vocabulary)
-    ids = sampler.ids(rows, length, allowed)
+    ids = sampler.ids((rows, length), allowed)
     end = _setting(config, "eos_token_id")
     if isinstance(end, int) and 0 <= end < vocabulary:
         ids[:, -1] = end
@@ -334,7 +337,7 @@ def _from_layers(
     shapes = (list(_layer_inputs(layer, batch, length)) for layer in model.modules())
     first = itertools.islice((found for found in shapes if found), _LAYERS_TRIED)
     for shape, rows in dict.fromkeys(itertools.chain.from_iterable(first)):
-        value = sampler.floats(*shape) if rows is None else sampler.ids(*shape, torch.arange(rows))
+        value = sampler.floats(*shape) if rows is None else sampler.ids(shape, torch.arange(rows))
         if required and required[0].kind is inspect.Parameter.KEYWORD_ONLY:
             yield {required[0].name: value}
         else:
@@ -390,10 +393,9 @@ def _other_sizes(
     symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in roles}
     expressions = {text: sympy.sympify(text, locals=symbols) for text in sizes}
     equations = [expressions[text] - size for text, size in sizes.items()]
-    try:
+    known: dict[Any, Any] = {}
+    with contextlib.suppress(NotImplementedError):  # then nothing is known, as reported below
         known = next(iter(sympy.solve(equations, list(symbols.values()), dict=True)), {})
-    except NotImplementedError:
-        known = {}
     if any(not getattr(known.get(symbol), "is_Integer", False) for symbol in symbols.values()):
         raise InputError(
             f"the example's sizes {sizes} do not determine the symbols {sorted(symbols)}; "
@@ -472,7 +474,7 @@ def _shuffle(
     count = torch.Size(sizes).numel()
     rounds = -(-count // len(slices))
     order = torch.cat([torch.randperm(len(slices), generator=generator) for _ in range(rounds)])
-    filled = slices[order[:count].to(tensor.device)].unflatten(0, sizes)
+    filled: torch.Tensor = slices[order[:count].to(tensor.device)].unflatten(0, sizes)
     return filled.movedim(list(range(len(moved))), moved)
 
 
