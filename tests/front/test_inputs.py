@@ -35,6 +35,7 @@ def test_configured_models_run_on_what_is_inferred(name: str) -> None:
     arguments = infer_inputs(model)
     call(model, arguments)
     assert {tensor.shape[0] for tensor in arguments.values()} == {8}
+    assert ("attention_mask" in arguments) == ("input_ids" in arguments)
     if "attention_mask" in arguments:
         mask = arguments["attention_mask"]
         assert mask[0].all()
