@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from .axis_flow import Flow, Role, Site, Terms, Use, tensors_of
-from .axis_terms import Axis, Product, Term, atoms, normal, owners, size_of
+from .axis_terms import Axis, Product, Term, atoms, normal, owners, repeats, size_of
 from .axis_walk import walk
 from .errors import PlanError
 from .program import Program
@@ -106,8 +106,8 @@ class Axes:
         return tuple(self._flow.sites)
 
     @property
-    def splits(self) -> tuple[tuple[fx.Node, int, Terms, str | None], ...]:
-        """The nodes that cut a dimension: node, dimension, parts, leaf module it is in."""
+    def splits(self) -> tuple[tuple[fx.Node, int, Terms, str], ...]:
+        """The nodes that cut a dimension: node, dimension, parts, innermost module."""
         return tuple(self._flow.splits)
 
     @property
@@ -178,6 +178,8 @@ def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
         if not present & {"producer", "consumer"}:
             continue
         why = list(reasons.get(axis, ()))
+        if axis in roles.repeated:
+            why.append("occurs twice in one dimension of a parameter")
         if axis.dynamic:
             why.append("has another size in every call")
         if "producer" not in present:
@@ -201,6 +203,7 @@ class _Roles:
         self._graph = program.graph
         self._buffers = {name for name, _ in program.model.named_buffers(remove_duplicate=False)}
         self._uses: dict[str, list[Use]] = {}
+        self.repeated: set[Axis] = set()
         for use in flow.uses:
             self._uses.setdefault(use.name, []).append(use)
 
@@ -212,6 +215,8 @@ class _Roles:
             if axis in atoms(use.term) and self._is_dimension(use, name, dim)
         ]
         of_units = tuple(owners(term, axis))
+        if repeats(term, axis):
+            self.repeated.add(axis)
         found: dict[Role, list[Use]] = {}
         for use in uses:
             found.setdefault(use.role, []).append(use)
@@ -277,16 +282,15 @@ def resize_arguments(
         sizes: New sizes of axes, by their number in `axes_of(program)`.
 
     Returns:
-        Per leaf module whose own graph holds such a size, the old sizes with the new ones: the
-        attributes its code reads them from must follow. A number that the module also uses for
-        something unchanged is left out.
+        Per module whose code holds such a size, the old sizes with the new ones: the attributes
+        that the code reads them from must follow. A number that the module also uses for something
+        unchanged is left out.
     """
     axes = axes_of(program)
     inside: dict[str, dict[int, set[int]]] = {}
 
-    def note(module: str | None, old: int, new: int) -> None:
-        if module is not None:
-            inside.setdefault(module, {}).setdefault(abs(old), set()).add(abs(new))
+    def note(module: str, old: int, new: int) -> None:
+        inside.setdefault(module, {}).setdefault(abs(old), set()).add(abs(new))
 
     for site in axes.sites:
         old = _argument(site)

@@ -69,7 +69,7 @@ class Site:
         position: The index in the argument if that is a list.
         term: What it counts.
         sign: -1 for a number that counts from the end.
-        module: The leaf module whose body the node is in, if any.
+        module: The innermost module whose code has it, "" for the model itself.
     """
 
     node: fx.Node
@@ -77,7 +77,7 @@ class Site:
     position: int | None
     term: Term
     sign: int = 1
-    module: str | None = None
+    module: str = ""
 
 
 @dataclass
@@ -92,7 +92,8 @@ class Flow(Unifier):
         pins: Terms that must keep their size, with the reason.
         uses: What contractions and lookups do with weights.
         sites: Static sizes in the graph.
-        splits: Nodes that cut a dimension into parts of given sizes, and the parts.
+        splits: Nodes that cut a dimension into parts of given sizes: the dimension, the parts and
+            the innermost module.
         heads: Terms that a contraction of two activations runs side by side.
         head_dims: Terms inside each of those.
         outer: The node of the program's graph being analysed.
@@ -106,7 +107,7 @@ class Flow(Unifier):
     pins: list[tuple[Term, str]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
-    splits: list[tuple[fx.Node, int, Terms, str | None]] = field(default_factory=list)
+    splits: list[tuple[fx.Node, int, Terms, str]] = field(default_factory=list)
     heads: list[Term] = field(default_factory=list)
     head_dims: list[Term] = field(default_factory=list)
     outer: fx.Node | None = None
@@ -171,7 +172,7 @@ class Flow(Unifier):
         self, node: fx.Node, argument: str, term: Term, position: int | None = None, sign: int = 1
     ) -> None:
         """Record that an argument of a node is the size of a term."""
-        self.sites.append(Site(node, argument, position, term, sign, self.module))
+        self.sites.append(Site(node, argument, position, term, sign, self.module_of(node)))
 
     def sizes(self, node: fx.Node, argument: str, values: Any, dims: Terms) -> None:
         """Record a list of sizes, one per dimension; those of -1 are left."""
@@ -207,9 +208,15 @@ class Flow(Unifier):
     def where(self, node: fx.Node) -> str:
         """Return the operator of a node and the module it is in, for sentences."""
         name = node.name if node.op != "call_function" else operator_name(node)
-        modules = [item for item in node.meta.get("modules", ()) if item]
-        place = self.module or (modules[-1] if modules else None)
+        place = self.module_of(node)
         return f"{name} in {place}" if place else name
+
+    def module_of(self, node: fx.Node) -> str:
+        """Return the innermost module a node comes from, "" for the model itself."""
+        if self.module is not None:
+            return self.module
+        modules = node.meta.get("modules", ())
+        return str(modules[-1]) if modules else ""
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

@@ -202,7 +202,7 @@ def split(flow: Flow, node: fx.Node, a: Arguments) -> list[Terms]:
         flow.pin(dims[dim], f"is cut by {flow.where(node)}")
     parts = tuple(flow.new_dim(size) for size in sizes)
     flow.unify(dims[dim], Sum(parts))
-    flow.splits.append((node, dim, parts, flow.module))
+    flow.splits.append((node, dim, parts, flow.module_of(node)))
     return [(*dims[:dim], part, *dims[dim + 1 :]) for part in parts]
 
 

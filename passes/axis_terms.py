@@ -120,6 +120,14 @@ def owners(term: Term, axis: Axis) -> list[int]:
     return result
 
 
+def repeats(term: Term, axis: Axis) -> bool:
+    """Return whether an index along a dimension can belong to two units of `axis`."""
+    term = normal(term)
+    if isinstance(term, Product):
+        return sum(axis in atoms(factor) for factor in term.factors) > 1
+    return isinstance(term, Sum) and any(repeats(part, axis) for part in term.parts)
+
+
 class Unifier:
     """Creates axes and makes them equal.
 

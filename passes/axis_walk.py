@@ -10,6 +10,7 @@ from torch import fx
 
 from . import axis_contractions, axis_shapes
 from .axis_flow import RULES, Flow, Terms, arguments_of, operator_name, tensor_nodes, tensors_of
+from .axis_terms import atoms
 from .program import Program
 from .structure import Container, Instance, Leaf, Structure
 
@@ -36,13 +37,17 @@ def walk(program: Program) -> Flow:
 
 
 def _finish(flow: Flow, program: Program) -> None:
+    """Pin what the outputs show.
+
+    State keeps its size too, but for the heads and head dimensions inside: a cache of keys and
+    values is only ever read by the attention that wrote it.
+    """
+    attention = {axis for term in (*flow.heads, *flow.head_dims) for axis in atoms(term)}
     results = [item for item in _flat(program.result.args) if isinstance(item, fx.Node)]
-    tensors = [item for item in results if flow.dims(item)]
-    kept = _plain(program.outputs)
-    for position, node in enumerate(results):
-        if len(kept) != len(results) or kept[position]:
-            flow.pin(flow.dims(node), "reaches an output of the model")
-    assert len(tensors) <= len(results)
+    for node, plain in zip(results, _plain(program.outputs), strict=True):
+        for axis in (axis for term in flow.dims(node) for axis in atoms(term)):
+            if plain or axis not in attention:
+                flow.pin(axis, "reaches an output of the model")
     flow.pins.extend(flow.conflicts)
 
 
@@ -99,7 +104,7 @@ def _apply(flow: Flow, node: fx.Node) -> Terms | list[Terms]:
     if node.target is operator.getitem:
         found = flow.terms.get(node.args[0], ())  # type: ignore[arg-type]
         return found[node.args[1]] if isinstance(found, list) else ()  # type: ignore[index]
-    if not tensor_nodes(node) and node.meta.get("val") is None:
+    if not tensors_of(node.meta.get("val")) and not _reads_values(node):
         return ()
     if not isinstance(node.target, torch._ops.OpOverload):
         return axis_contractions.unknown(flow, node, {})
@@ -110,6 +115,13 @@ def _apply(flow: Flow, node: fx.Node) -> Terms | list[Terms]:
     if torch.Tag.pointwise in node.target.tags:
         return axis_shapes.pointwise(flow, node, {})
     return axis_contractions.unknown(flow, node, {})
+
+
+def _reads_values(node: fx.Node) -> bool:
+    """Whether an operation without tensor result depends on elements, not just on the shape."""
+    return isinstance(node.target, torch._ops.OpOverload) and not operator_name(node).startswith(
+        "sym_"
+    )
 
 
 def _attribute(program: Program, target: str) -> Any:
