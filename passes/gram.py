@@ -1,0 +1,163 @@
+"""Streamed second-moment statistics of a layer's inputs and of the outputs it should produce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["GramAccumulator"]
+
+
+class GramAccumulator:
+    """Sums `X^T X`, `X^T Y`, `Y^2` and the means of rows `X` and targets `Y`, batch by batch.
+
+    Least squares, OBS scores and whitened factorization need nothing else of the calibration
+    data, so memory does not grow with it: `8 * channels * (channels + outputs)` bytes.
+    Every product is formed and summed in float64. Rows are counted, not batches: statistics do
+    not depend on how the rows were split, up to float64 rounding.
+
+    Args:
+        channels: Number of input channels of the layer.
+        outputs: Number of target columns; 0 where only the inputs are needed.
+        device: Where the sums live and the products run.
+
+    Attributes:
+        count: Number of rows seen, masked rows not counted.
+    """
+
+    def __init__(
+        self, channels: int, outputs: int = 0, *, device: torch.device | str | None = None
+    ) -> None:
+        """Start with empty sums."""
+        if channels < 1 or outputs < 0:
+            raise ValueError(
+                f"expected channels >= 1 and outputs >= 0, got {channels} and {outputs}"
+            )
+        self.count = 0
+        self._sum_x = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._sum_y = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self._sum_xx = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self._sum_xy = torch.zeros(channels, outputs, dtype=torch.float64, device=device)
+        self._sum_yy = torch.zeros(outputs, dtype=torch.float64, device=device)
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels."""
+        return self._sum_x.numel()
+
+    @property
+    def outputs(self) -> int:
+        """Number of target columns."""
+        return self._sum_y.numel()
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Add rows.
+
+        Cost: `rows * channels * (channels + outputs)` multiply-adds in float64.
+
+        Args:
+            x: Inputs [..., channels].
+            y: Targets [..., outputs], the leading dimensions of `x`; needed iff `outputs > 0`.
+            mask: Rows to count [...], true for a real token, false for padding; default: all.
+
+        Raises:
+            ValueError: A shape does not fit, or a counted value is not finite; the sums are
+                then unchanged.
+        """
+        rows = x.shape[:-1]
+        if x.ndim < 1 or x.shape[-1] != self.channels:
+            raise ValueError(f"expected inputs [..., {self.channels}], got {list(x.shape)}")
+        if (y is None) != (self.outputs == 0) or (
+            y is not None and y.shape != (*rows, self.outputs)
+        ):
+            got = "none" if y is None else str(list(y.shape))
+            raise ValueError(f"expected targets {[*rows, self.outputs]}, got {got}")
+        if mask is not None and mask.shape != rows:
+            raise ValueError(f"expected a row mask {list(rows)}, got {list(mask.shape)}")
+        x = self._rows(x, self.channels, mask)
+        sum_x, sum_xx = x.sum(0), x.T @ x
+        if not torch.isfinite(sum_x).all():
+            raise ValueError("calibration inputs contain values that are not finite")
+        if y is not None:
+            y = self._rows(y, self.outputs, mask)
+            sum_y = y.sum(0)
+            if not torch.isfinite(sum_y).all():
+                raise ValueError("calibration targets contain values that are not finite")
+            self._sum_y += sum_y
+            self._sum_xy.addmm_(x.T, y)
+            self._sum_yy += y.square().sum(0)
+        self._sum_x += sum_x
+        self._sum_xx += sum_xx
+        self.count += x.shape[0]
+
+    def _rows(self, values: Tensor, width: int, mask: Tensor | None) -> Tensor:
+        values = values.reshape(-1, width)
+        if mask is not None:
+            values = values[mask.reshape(-1).to(values.device, torch.bool)]
+        return values.to(self._sum_x.device, torch.float64)
+
+    @property
+    def mean_x(self) -> Tensor:
+        """Mean input [channels]."""
+        return self._sum_x / self._counted()
+
+    @property
+    def mean_y(self) -> Tensor:
+        """Mean target [outputs]."""
+        return self._sum_y / self._counted()
+
+    @property
+    def covariance(self) -> Tensor:
+        """Centered Gram matrix of the inputs, per row [channels, channels].
+
+        Centering is the same as a constant column in the design matrix: it is what lets a
+        repair absorb means in the bias.
+        """
+        mean = self.mean_x
+        return self._sum_xx / self.count - torch.outer(mean, mean)
+
+    @property
+    def cross_covariance(self) -> Tensor:
+        """Centered `X^T Y`, per row [channels, outputs]."""
+        return self._sum_xy / self._counted() - torch.outer(self.mean_x, self.mean_y)
+
+    @property
+    def variance_y(self) -> Tensor:
+        """Variance of every target column [outputs]."""
+        return (self._sum_yy / self._counted() - self.mean_y.square()).clamp_min(0.0)
+
+    def _counted(self) -> int:
+        if self.count == 0:
+            raise ValueError("no calibration rows were seen: call update() first")
+        return self.count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything needed to go on later: plain tensors, fit for safetensors."""
+        return {
+            "count": torch.tensor(self.count),
+            "sum_x": self._sum_x.clone(),
+            "sum_y": self._sum_y.clone(),
+            "sum_xx": self._sum_xx.clone(),
+            "sum_xy": self._sum_xy.clone(),
+            "sum_yy": self._sum_yy.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the sums by saved ones.
+
+        Raises:
+            ValueError: A tensor is missing or has another shape; the sums are then unchanged.
+        """
+        mine = self.state_dict()
+        for name, tensor in mine.items():
+            if name not in state or state[name].shape != tensor.shape:
+                got = list(state[name].shape) if name in state else "nothing"
+                raise ValueError(
+                    f"saved statistics: expected {name} {list(tensor.shape)}, got {got}"
+                )
+        self.count = int(state["count"])
+        for name in mine.keys() - {"count"}:
+            getattr(self, f"_{name}").copy_(state[name])

@@ -1,0 +1,324 @@
+"""Closed forms for compressing a linear layer from the statistics of its inputs.
+
+The layer is `y = W x + b` with W [outputs, channels]; `covariance` is the centered Gram matrix of
+its inputs per row [channels, channels] (`GramAccumulator.covariance`). A *group* is `group_size`
+consecutive channels that live or die together: 1 for a hidden unit or a convolution channel,
+head_dim for an attention head. Everything is solved in float64; ridge terms are shares of the mean
+variance of a channel, so they do not depend on the scale of the data. The module knows no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gram import GramAccumulator
+
+__all__ = [
+    "Factors",
+    "LinearFit",
+    "channels_of_groups",
+    "eliminate_groups",
+    "factorize_whitened",
+    "fit_linear",
+    "kept_group_count",
+    "magnitude_scores",
+    "obs_scores",
+    "select_groups",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFit:
+    """A repaired layer.
+
+    Attributes:
+        weight: [outputs, kept channels], float64.
+        bias: [outputs], float64; it absorbs the mean of what was removed.
+        relative_error: Predicted mean squared output error over the variance of the targets.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """`W x + b ~ up (down x) + bias`.
+
+    Attributes:
+        down: [rank, channels], float64.
+        up: [outputs, rank], float64.
+        bias: [outputs], float64.
+        relative_error: Predicted mean squared output error over the variance of the outputs.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    relative_error: float
+
+
+def kept_group_count(groups: int, share: float, round_to: int = 1) -> int:
+    """Return how many of `groups` to keep: the largest multiple of `round_to` within the share.
+
+    At least one unit of `round_to` is kept, and never more than there are.
+
+    Raises:
+        ValueError: The share is outside (0, 1] or `round_to` is not positive.
+    """
+    if not 0.0 < share <= 1.0 or round_to < 1:
+        raise ValueError(f"expected 0 < share <= 1 and round_to >= 1, got {share} and {round_to}")
+    if share == 1.0:
+        return groups
+    # 0.3 * 10 is 2.999...96 in binary: a share that means a whole number must give that number.
+    kept = int(groups * share + 1e-9) // round_to * round_to
+    return min(groups, max(kept, round_to))
+
+
+def channels_of_groups(groups: Tensor, group_size: int) -> Tensor:
+    """Return the channel indices of groups [groups] in order [groups * group_size]."""
+    offsets = torch.arange(group_size, device=groups.device)
+    return (groups[:, None] * group_size + offsets).reshape(-1)
+
+
+def magnitude_scores(weights: Sequence[Tensor], group_size: int = 1) -> Tensor:
+    """Score groups by the product of the norms of all weights that touch them.
+
+    The product does not change when a producer is scaled up and its consumer down by the same
+    factor, as the function of the network does not.
+
+    Args:
+        weights: Producers and consumers of the same channels, channels last [..., channels].
+        group_size: Channels per group.
+
+    Returns:
+        Scores [groups], float64; the lowest matter least.
+    """
+    scores = [
+        weight.detach().double().reshape(-1, weight.shape[-1]).square().sum(0) for weight in weights
+    ]
+    return torch.stack([_sum_groups(s, group_size).sqrt() for s in scores]).prod(0)
+
+
+def obs_scores(
+    covariance: Tensor, weight: Tensor, *, group_size: int = 1, damping: float = 0.01
+) -> Tensor:
+    """Score groups by the output error of removing each alone and refitting all others.
+
+    `rho_S = tr(W_S [(G^-1)_SS]^-1 W_S^T)`, the structured optimal brain surgeon score of ZipLM
+    (arXiv 2302.04089, eq. 2), with G = covariance + damping * mean variance * I.
+
+    Args:
+        covariance: Of the inputs [channels, channels].
+        weight: [outputs, channels].
+        group_size: Channels per group.
+        damping: Ridge, as a share of the mean variance.
+
+    Returns:
+        Scores [groups], float64, in units of the squared output; the lowest matter least.
+    """
+    inverse = _inverse(_damped(covariance.double(), damping))
+    return _removal_errors(inverse, weight.detach().double().T, group_size)
+
+
+def select_groups(scores: Tensor, keep: int) -> Tensor:
+    """Return the indices of the `keep` highest scores, ascending [keep]; ties keep the first."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:keep].sort().values
+
+
+def eliminate_groups(
+    covariance: Tensor,
+    weight: Tensor,
+    keep: int,
+    *,
+    group_size: int = 1,
+    damping: float = 0.01,
+    step: int = 1,
+) -> Tensor:
+    """Remove groups one after the other, each time those whose loss the others repair best.
+
+    After every removal the weights are the least-squares fit on what is left, by a downdate of the
+    inverse (ZipLM, algorithm 1), so two groups that stand in for each other do not both go: that is
+    where one-shot scores fail.
+    Cost: `keep` from n groups, (n - keep) / step downdates of channels^2 * group_size * step.
+
+    Args:
+        covariance: Of the inputs [channels, channels].
+        weight: [outputs, channels].
+        keep: Number of groups to keep.
+        group_size: Channels per group.
+        damping: Ridge, as a share of the mean variance.
+        step: Groups removed between two rescorings; more is faster and less exact.
+
+    Returns:
+        Indices of the kept groups, ascending [keep].
+
+    Raises:
+        ValueError: `keep` is not between 1 and the number of groups, or `step` is not positive.
+    """
+    groups = _group_count(covariance.shape[0], group_size)
+    if not 1 <= keep <= groups or step < 1:
+        raise ValueError(f"expected 1 <= keep <= {groups} and step >= 1, got {keep} and {step}")
+    inverse = _inverse(_damped(covariance.double(), damping))
+    fitted = weight.detach().double().T.clone()
+    alive = torch.arange(groups, device=covariance.device)
+    while alive.numel() > keep:
+        count = min(step, alive.numel() - keep)
+        order = _removal_errors(inverse, fitted, group_size).sort(stable=True).indices
+        gone, left = order[:count].sort().values, order[count:].sort().values
+        s, r = channels_of_groups(gone, group_size), channels_of_groups(left, group_size)
+        cross = inverse[r][:, s]
+        solved = torch.linalg.solve(inverse[s][:, s], torch.cat([cross.T, fitted[s]], dim=1))
+        fitted = fitted[r].addmm_(cross, solved[:, r.numel() :], alpha=-1)
+        inverse = inverse[r][:, r].addmm_(cross, solved[:, : r.numel()], alpha=-1)
+        alive = alive[left]
+    return alive
+
+
+def fit_linear(
+    statistics: GramAccumulator,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor | None = None,
+    *,
+    damping: float = 0.1,
+) -> LinearFit:
+    """Refit a layer on its kept input channels, by ridge regression towards its own weight.
+
+    With targets in the statistics (what the dense model computes here), C their cross-covariance:
+    `W' = W_K + (C_K^T - W_K G_KK) (G_KK + lambda I)^-1`, `b' = mean(y) - W' mean(x_K)`.
+    Without, the targets are the layer's own outputs on the same inputs, `C = G W^T`: the repair of
+    removed channels. With all channels kept it is the identity without targets, and with targets it
+    undoes what earlier changes did to the inputs.
+
+    Args:
+        statistics: Of the layer's current inputs before removal, with targets or without.
+        weight: [outputs, channels].
+        bias: [outputs] or none.
+        kept: Indices of the channels kept [kept]; default: all.
+        damping: Ridge lambda, as a share of the mean variance of the kept inputs.
+
+    Returns:
+        The fit and its predicted error against the targets, on the calibration data.
+
+    Raises:
+        ValueError: The weight does not fit the statistics.
+    """
+    outputs, channels = weight.shape
+    if channels != statistics.channels or statistics.outputs not in (0, outputs):
+        raise ValueError(
+            f"expected a weight for {statistics.channels} channels and {statistics.outputs} "
+            f"outputs, got {list(weight.shape)}"
+        )
+    covariance, mean_x = statistics.covariance, statistics.mean_x
+    dense = weight.detach().to(covariance)
+    if statistics.outputs:
+        cross, mean_y = statistics.cross_covariance, statistics.mean_y
+        variance = statistics.variance_y.sum()
+    else:
+        cross = covariance @ dense.T
+        mean_y = dense @ mean_x if bias is None else dense @ mean_x + bias.detach().to(mean_x)
+        variance = (dense.T * cross).sum()
+    if kept is None:
+        kept = torch.arange(channels, device=covariance.device)
+    gram, cross, prior = covariance[kept][:, kept], cross[kept], dense[:, kept]
+    update = torch.linalg.solve(_damped(gram, damping), cross - gram @ prior.T)
+    fitted = prior + update.T
+    error = variance - 2 * (fitted.T * cross).sum() + (fitted @ gram * fitted).sum()
+    return LinearFit(
+        weight=fitted,
+        bias=mean_y - fitted @ mean_x[kept],
+        relative_error=_relative(error, variance),
+    )
+
+
+def factorize_whitened(
+    statistics: GramAccumulator,
+    weight: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    *,
+    damping: float = 1e-6,
+) -> Factors:
+    """Factorize a layer so that its outputs, not its weights, are approximated best.
+
+    SVD-LLM (arXiv 2403.07378): G = S S^T (Cholesky), svd(W S) = U diag(s) V^T, up = U_r,
+    down = diag(s_r) V_r^T S^-1. The squared error per row is `sum of s_i^2 beyond the rank`,
+    exactly (up to the damping). Inputs are centered, the bias absorbs the rest.
+
+    Args:
+        statistics: Of the layer's inputs; targets are not used.
+        weight: [outputs, channels].
+        bias: [outputs] or none.
+        rank: Between 1 and min(outputs, channels).
+        damping: Ridge that keeps the Cholesky factor defined, as a share of the mean variance.
+
+    Returns:
+        The factors and their predicted error.
+
+    Raises:
+        ValueError: The rank or the weight does not fit.
+    """
+    outputs, channels = weight.shape
+    if channels != statistics.channels or not 1 <= rank <= min(outputs, channels):
+        raise ValueError(
+            f"expected {statistics.channels} channels and 1 <= rank <= {min(outputs, channels)}, "
+            f"got a weight {list(weight.shape)} and rank {rank}"
+        )
+    covariance, mean_x = statistics.covariance, statistics.mean_x
+    dense = weight.detach().to(covariance)
+    root = torch.linalg.cholesky(_damped(covariance, damping))
+    left, values, right = torch.linalg.svd(dense @ root, full_matrices=False)
+    up = left[:, :rank]
+    whitened = values[:rank, None] * right[:rank]
+    down = torch.linalg.solve_triangular(root, whitened, upper=False, left=False)
+    lost = (dense - up @ down) @ mean_x
+    energy = values.square()
+    return Factors(
+        down=down,
+        up=up,
+        bias=lost if bias is None else lost + bias.detach().to(lost),
+        relative_error=_relative(energy[rank:].sum(), energy.sum()),
+    )
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """Add the ridge. A layer whose inputs never vary gets a unit ridge: any scale serves."""
+    scale = gram.diagonal().mean()
+    ridge = damping * torch.where(scale > 0, scale, torch.ones_like(scale))
+    return gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
+
+
+def _removal_errors(inverse: Tensor, fitted: Tensor, group_size: int) -> Tensor:
+    """Return `tr(W_S [(G^-1)_SS]^-1 W_S^T)` [groups] for fitted weights [channels, outputs]."""
+    groups = _group_count(inverse.shape[0], group_size)
+    index = torch.arange(groups, device=inverse.device)
+    blocks = inverse.view(groups, group_size, groups, group_size)[index, :, index]
+    weights = fitted.view(groups, group_size, -1)
+    solved: Tensor = torch.linalg.solve(blocks, weights)
+    return (weights * solved).sum((1, 2))
+
+
+def _sum_groups(values: Tensor, group_size: int) -> Tensor:
+    return values.view(_group_count(values.numel(), group_size), group_size).sum(1)
+
+
+def _group_count(channels: int, group_size: int) -> int:
+    if group_size < 1 or channels % group_size:
+        raise ValueError(f"expected groups that divide {channels} channels, got {group_size}")
+    return channels // group_size
+
+
+def _relative(error: Tensor, variance: Tensor) -> float:
+    """Return error / variance; constant targets that are met have no error."""
+    return max(0.0, (error / variance).item()) if variance > 0 else 0.0
