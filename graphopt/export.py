@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import logging
 import tempfile
 import warnings
@@ -21,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from graphopt.passes.errors import CheckpointError, ExportError, MissingExtraError
 
 from . import open_sizes
-from .flat_model import FlatModel, evaluating
-from .onnx_runtime import VerifyReport, arguments_for, first_line, verify_flat
+from .flat_model import FlatModel, evaluating, first_line
+from .onnx_runtime import VerifyReport, arguments_for, verify_flat
 from .open_sizes import OpenSizes
 
 if TYPE_CHECKING:
@@ -138,9 +137,11 @@ def export_onnx(
             open_sizes.candidates(flat) if dynamic is None else open_sizes.requested(dynamic, flat)
         )
         failures: list[Exception] = []
-        for sizes, version in itertools.product(open_sizes.narrowed(wanted), opsets):
+        programs = _programs(flat, wanted, failures)
+        for sizes, program, version in (
+            (*traced, opset) for traced in programs for opset in opsets
+        ):
             try:
-                program = _trace(flat, sizes)
                 names = open_sizes.size_names(program, sizes)
                 translated = _translate(program, flat, names, version)
                 translated.metadata_props.update({**properties, "opset": str(version)})
@@ -204,6 +205,19 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def _programs(
+    flat: FlatModel, wanted: OpenSizes, failures: list[Exception]
+) -> Iterator[tuple[OpenSizes, torch.export.ExportedProgram]]:
+    """Yield the model as ATen graphs, with ever fewer dimensions open; note what failed."""
+    for sizes in open_sizes.narrowed(wanted):
+        try:
+            program = _trace(flat, sizes)
+        except ExportError as error:
+            failures.append(error)
+        else:
+            yield sizes, program
 
 
 def _trace(flat: FlatModel, sizes: OpenSizes) -> torch.export.ExportedProgram:

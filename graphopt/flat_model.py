@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphopt.passes.calls import expand_arguments, signature_of
-from graphopt.passes.errors import ExportError
+from graphopt.passes.errors import ExportError, InputError
 from graphopt.passes.structure import flatten, tensor_names
 
 
@@ -39,14 +38,21 @@ class FlatModel(nn.Module):
 
         Raises:
             ExportError: if the result holds no tensor.
+            InputError: if the model fails on the arguments.
         """
         super().__init__()
         self.model = model
         self._signature = signature_of(model)
         self.example, self._structure = flatten(arguments)
         self.input_names = tensor_names(self._structure)
-        with torch.no_grad():
-            outputs = list(_outputs(self._call(tuple(self.example)), ()))
+        try:
+            with torch.no_grad():
+                result = self._call(tuple(self.example))
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} fails on the example inputs: {first_line(error)}"
+            ) from error
+        outputs = list(_outputs(result, ()))
         if not outputs:
             raise ExportError(
                 f"the result of {type(model).__name__} holds no tensors, so ONNX has no outputs; "
@@ -76,6 +82,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the innermost cause of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def _outputs(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Yield the tensors of a result with their paths, those in collections only."""
     if isinstance(value, torch.Tensor):
@@ -86,7 +100,7 @@ def _outputs(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
     elif isinstance(value, (tuple, list)):
         for index, child in enumerate(value):
             yield from _outputs(child, (*path, str(index)))
-    elif dataclasses.is_dataclass(value) and pytree._get_node_type(value) in pytree.SUPPORTED_NODES:
+    elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _outputs(getattr(value, field.name), (*path, field.name))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from graphopt.passes.calls import example_arguments
-from graphopt.passes.errors import CheckpointError, ExportError, InputError, MissingExtraError
+from graphopt.passes.errors import CheckpointError, ExportError, MissingExtraError
 
-from .flat_model import FlatModel, evaluating
+from .flat_model import FlatModel, evaluating, first_line
 from .float64 import Float64Arithmetic, widen
 from .inputs import infer_inputs, variants
 
@@ -27,7 +27,7 @@ ROUNDING_FACTOR = 16
 """How many times torch's own rounding error two correct runtimes may differ.
 
 Both round every operation, in another order and with other approximations of exp, erf and tanh;
-measured on 20 architectures the ratio stayed below 5.
+measured on the architectures in tests/zoo.py the ratio stayed below 5.
 """
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -283,10 +283,8 @@ def verify_flat(flat: FlatModel, path: Path, *, threads: int | None = None) -> V
         try:
             with torch.no_grad():
                 expected = flat(*tensors)
-        except Exception as error:
-            if inputs is example:
-                raise InputError(f"the model fails on its example: {first_line(error)}") from error
-            continue
+        except Exception:
+            continue  # sizes that the model does not take need not work in ONNX either
         with torch.no_grad(), Float64Arithmetic():
             exact = flat(*map(widen, tensors))
         try:
@@ -322,14 +320,6 @@ def arguments_for(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if example_inputs is None:
         return infer_inputs(model)
     return example_arguments(model, example_inputs)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of the innermost cause of an error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines: Sequence[str] = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _other_inputs(
