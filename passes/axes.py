@@ -7,17 +7,13 @@ finds these coupled groups by dataflow, from the operators in the graph alone.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
-import torch
 from torch import fx
 
-from .axis_flow import Flow, Role, Site, Terms, Use, tensors_of
-from .axis_terms import Axis, Product, Term, atoms, normal, owners, repeats, size_of
+from .axis_flow import Flow, Role, Site, Terms, Use
+from .axis_terms import Axis, atoms, normal, owners, repeats, size_of
 from .axis_walk import walk
 from .errors import PlanError
 from .program import Program
@@ -115,6 +111,11 @@ class Axes:
         """All nodes, also those inside leaf modules, with their terms."""
         return self._flow.terms
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all parameters and buffers in the graph."""
+        return tuple(self._flow.parameters)
+
     def term(self, node: fx.Node) -> Terms:
         """Return the terms of a tensor node, one per dimension."""
         return tuple(normal(item) for item in self._flow.dims(node))
@@ -190,9 +191,7 @@ def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
         units = first.units()
         stride = units[1][0] - units[0][0]
         key = f"{first.parameter}/{first.dim}/{units[0][0]}/{stride}"
-        yield ChannelGroup(
-            axis.number, key, axis.size, kinds.of(axis), tuple(found), tuple(why)
-        )
+        yield ChannelGroup(axis.number, key, axis.size, kinds.of(axis), tuple(found), tuple(why))
 
 
 class _Roles:
@@ -257,9 +256,7 @@ class _Kinds:
     def __init__(self, flow: Flow) -> None:
         self._inside = {axis for term in flow.head_dims for axis in atoms(term)}
         self._heads = {axis for term in flow.heads for axis in atoms(term)}
-        self._channels = {
-            axis for use in flow.uses if use.convolution for axis in atoms(use.term)
-        }
+        self._channels = {axis for use in flow.uses if use.convolution for axis in atoms(use.term)}
 
     def of(self, axis: Axis) -> str:
         if axis in self._heads:
@@ -267,115 +264,3 @@ class _Kinds:
         if axis in self._inside:
             return "head dimension"
         return "channels" if axis in self._channels else "hidden units"
-
-
-def resize_arguments(
-    program: Program, sizes: Mapping[int, int]
-) -> dict[str, dict[int, int]]:
-    """Rewrite every static size in the graph, and every recorded shape, for new axis sizes.
-
-    Sizes of -1 and purely symbolic ones stay; a symbolic one times a static one is scaled.
-    Parameters are not touched. The caller slices them and calls `program.changed()`.
-
-    Args:
-        program: The program whose graph is edited.
-        sizes: New sizes of axes, by their number in `axes_of(program)`.
-
-    Returns:
-        Per module whose code holds such a size, the old sizes with the new ones: the attributes
-        that the code reads them from must follow. A number that the module also uses for something
-        unchanged is left out.
-    """
-    axes = axes_of(program)
-    inside: dict[str, dict[int, set[int]]] = {}
-
-    def note(module: str, old: int, new: int) -> None:
-        inside.setdefault(module, {}).setdefault(abs(old), set()).add(abs(new))
-
-    for site in axes.sites:
-        old = _argument(site)
-        if isinstance(old, int):
-            new = site.sign * size_of(site.term, sizes)
-            note(site.module, old, new)
-            if old != new:
-                _set_argument(site, new)
-        elif isinstance(old, fx.Node):
-            _set_argument(site, _scaled(site.node, old, site.term, sizes))
-    for node, dim, parts, module in axes.splits:
-        changed = [(size_of(part), size_of(part, sizes)) for part in parts]
-        for old, new in changed:
-            note(module, old, new)
-        if any(old != new for old, new in changed):
-            node.target = torch.ops.aten.split_with_sizes.default
-            node.args, node.kwargs = (node.args[0], [new for _, new in changed], dim), {}
-    for node, found in axes.nodes.items():
-        dims = [found] if isinstance(found, tuple) else found
-        if any(size_of(t) != size_of(t, sizes) for item in dims for t in item):
-            node.meta["val"] = _resized(node.meta["val"], dims, sizes)
-    clear = {
-        module: {old: min(new) for old, new in found.items() if len(new) == 1 and old not in new}
-        for module, found in inside.items()
-    }
-    return {module: found for module, found in clear.items() if found}
-
-
-def _position(site: Site) -> int:
-    arguments = site.node.target._schema.arguments  # type: ignore[union-attr]
-    return next(i for i, item in enumerate(arguments) if item.name == site.argument)
-
-
-def _scaled(user: fx.Node, size: fx.Node, term: Term, sizes: Mapping[int, int]) -> fx.Node:
-    """Return a symbolic size (batch times heads) with the sizes of its static factors replaced."""
-    term = normal(term)
-    factors = term.factors if isinstance(term, Product) else (term,)
-    changed = [(size_of(item), size_of(item, sizes)) for item in factors]
-    old = prod(before for before, after in changed if before != after)
-    new = prod(after for before, after in changed if before != after)
-    if old == new == 1:
-        return size
-    graph, value = user.graph, size.meta["val"]
-    with graph.inserting_before(user):
-        if size.target is operator.mul and isinstance(size.args[1], int) and not size.args[1] % old:
-            rest = size.args[0], size.args[1] // old * new
-        else:
-            divided = graph.call_function(operator.floordiv, (size, old))
-            divided.meta = {**size.meta, "val": value // old}
-            rest = divided, new
-        result = graph.call_function(operator.mul, rest)
-    result.meta = {**size.meta, "val": value // old * new}
-    return result
-
-
-def _argument(site: Site) -> Any:
-    index, node = _position(site), site.node
-    value: Any = node.args[index] if index < len(node.args) else node.kwargs.get(site.argument)
-    if site.position is not None and value is not None:
-        value = value[site.position]
-    return value
-
-
-def _set_argument(site: Site, new: int | fx.Node) -> None:
-    index, node = _position(site), site.node
-    positional = index < len(node.args)
-    value: Any = new
-    if site.position is not None:
-        value = list(node.args[index] if positional else node.kwargs[site.argument])  # type: ignore[arg-type]
-        value[site.position] = new
-    if positional:
-        node.update_arg(index, value)
-    else:
-        node.update_kwarg(site.argument, value)
-
-
-def _resized(value: Any, dims: list[Terms], sizes: Mapping[int, int]) -> Any:
-    """Return recorded values of new shapes: a tensor, or as many as there are lists of terms."""
-
-    def dimension(size: int | torch.SymInt, term: Term) -> int | torch.SymInt:
-        new = size_of(term, sizes)
-        return size if new == size_of(term) else new
-
-    results = [
-        tensor.new_empty([dimension(*pair) for pair in zip(tensor.shape, item, strict=True)])
-        for tensor, item in zip(tensors_of(value), dims, strict=True)
-    ]
-    return results[0] if isinstance(value, torch.Tensor) else type(value)(results)

@@ -131,7 +131,9 @@ def attention(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     query, key, value = (flow.dims(a[name]) for name in ("query", "key", "value"))
     mask = flow.dims(a["attn_mask"])
     place = flow.where(node)
-    flow.pin(flow.unify_all([query[-1], key[-1]]), f"is contracted between two activations by {place}")
+    flow.pin(
+        flow.unify_all([query[-1], key[-1]]), f"is contracted between two activations by {place}"
+    )
     flow.pin(flow.unify_all([key[-2], value[-2]]), f"is attended over by {place}")
     batch = [query[:-2], key[:-2], value[:-2]]
     if a.get("enable_gqa"):
@@ -147,22 +149,31 @@ def attention(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
 
 
 @rule(
-    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
     "conv_transpose3d",
 )
 def convolution(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
-    """Convolve [batch, in, ...] with a weight [out, in / groups, ...] (transposed: [in, out / g])."""
+    """Convolve [batch, in, ...] with [out, in / groups, ...] or, transposed, [in, out / groups]."""
     x, weight, bias = (flow.dims(a[name]) for name in ("input", "weight", "bias"))
     transposed = "transpose" in operator_name(node) or bool(a.get("transposed"))
     spatial = value_of(a["weight"]).dim() - 2
     groups = flow.fresh(a["groups"])
     channels_in = x[-spatial - 1]
     inner_in = flow.fresh(size_of(channels_in) // a["groups"])
-    outer, inner = (0, 1)
-    inner_out = flow.fresh(size_of(weight[1 if transposed else 0]) // (1 if transposed else a["groups"]))
+    outer, inner = weight[0], weight[1]
+    if transposed:
+        inner_out = inner
+        flow.unify(outer, Product((groups, inner_in)))
+    else:
+        inner_out = flow.fresh(size_of(outer) // a["groups"])
+        flow.unify(outer, Product((groups, inner_out)))
+        flow.unify(inner, inner_in)
     flow.unify(channels_in, Product((groups, inner_in)))
-    flow.unify(weight[outer], Product((groups, inner_in if transposed else inner_out)))
-    flow.unify(weight[inner], inner_out if transposed else inner_in)
     produced = product_of([groups, inner_out])
     if bias:
         flow.unify(bias[0], produced)
@@ -172,12 +183,10 @@ def convolution(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
         flow.pin([*x, *weight], f"is contracted between two activations by {flow.where(node)}")
     else:
         produces, consumes = (inner, outer) if transposed else (outer, inner)
-        operand = a["weight"]
-        flow.use("producer", operand, weight[produces], inner_out, convolution=True)
-        flow.use(
-            "consumer", operand, weight[consumes], inner_in, activation=a["input"], convolution=True
-        )
-        flow.use("pointwise", operand, weight[outer], groups, convolution=True)
+        operand, x_node = a["weight"], a["input"]
+        flow.use("producer", operand, produces, inner_out, convolution=True)
+        flow.use("consumer", operand, consumes, inner_in, activation=x_node, convolution=True)
+        flow.use("pointwise", operand, outer, groups, convolution=True)
     place = f"is a spatial dimension of {flow.where(node)}"
     moved = tuple(flow.new_dim(size, place) for size in value_of(node).shape[-spatial:])
     return (*x[: -spatial - 1], produced, *moved)
@@ -193,9 +202,15 @@ def embedding(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
 
 
 @rule(
-    "batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional",
-    "_batch_norm_with_update", "_batch_norm_no_update", "instance_norm",
+    "batch_norm",
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit_functional",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "instance_norm",
 )
 def batch_norm(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
     """Normalise every channel (dimension 1) by itself."""

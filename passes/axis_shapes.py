@@ -1,8 +1,7 @@
-"""Axis rules of element-wise, shape-changing, indexing, reducing and creating operators."""
+"""Axis rules of operators that move elements: views, joins, cuts and lookups."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -12,32 +11,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .axis_contractions import unknown
-from .axis_flow import Arguments, Flow, Terms, operator_name, rule, tensors_of, value_of
-from .axis_terms import ONE, Product, Sum, Term, product_of, size_of
+from .axis_flow import Arguments, Flow, Terms, operator_name, rule, value_of
+from .axis_terms import ONE, Product, Sum, Term, product_of
 from .program import hint
-
-
-@rule(
-    "where", "masked_fill", "rsub", "hardswish", "log_sigmoid", "type_as", "expand_as",
-    "copy", "floor_divide", "special_expit", "bernoulli", "fill", "gelu", "lerp",
-)
-def pointwise(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Combine tensors element by element."""
-    return flow.broadcast([flow.dims(item) for item in node.all_input_nodes])
-
-
-@rule(
-    "to", "_to_copy", "clone", "contiguous", "detach", "alias", "dropout", "feature_dropout",
-    "alpha_dropout", "lift_fresh_copy", "lift_fresh", "float", "bucketize", "zeros_like",
-    "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "native_dropout",
-    "_assert_tensor_metadata", "normal", "uniform", "zero", "exponential", "conj", "resolve_conj",
-    "requires_grad",
-)
-def same(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Keep the shape of the first tensor."""
-    dims = flow.dims(node.all_input_nodes[0])
-    value = node.meta.get("val")
-    return dims if isinstance(value, torch.Tensor) else [dims] * len(tensors_of(value))
 
 
 def dimensions(value: Any, rank: int) -> list[int]:
@@ -55,7 +31,8 @@ def reorder(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     if name == "permute":
         return tuple(dims[i] for i in dimensions(a["dims"], rank))
     if name == "movedim":
-        moved = dict(zip(dimensions(a["destination"], rank), dimensions(a["source"], rank), strict=True))
+        targets, origins = dimensions(a["destination"], rank), dimensions(a["source"], rank)
+        moved = dict(zip(targets, origins, strict=True))
         rest = iter(i for i in range(rank) if i not in moved.values())
         return tuple(dims[moved[i] if i in moved else next(rest)] for i in range(rank))
     if name == "numpy_T":
@@ -69,8 +46,18 @@ def reorder(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     return tuple(dims)
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
-      "reshape_as", "_reshape_alias")
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_as",
+    "reshape_as",
+    "_reshape_alias",
+)
 def reshape(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
     """Split and merge dimensions: those that enumerate the same elements form groups."""
     source = a["self"]
@@ -133,7 +120,8 @@ def expand(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     dims, shape = flow.dims(a["self"]), value_of(node).shape
     padded = (ONE,) * (len(shape) - len(dims)) + dims
     result = tuple(
-        flow.new_dim(size) if term == ONE else term for term, size in zip(padded, shape, strict=True)
+        flow.new_dim(size) if term == ONE else term
+        for term, size in zip(padded, shape, strict=True)
     )
     flow.sizes(node, "size", a["size"], result)
     return result
@@ -236,7 +224,8 @@ def take_range(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     flow.unify(dims[dim], Sum((*before, middle, *after)))
     end = a.get("end")
     if isinstance(a.get("start"), int):
-        flow.site(node, "start", *((Sum((middle, *after)), None, -1) if start < 0 else (Sum(before),)))
+        counted = Sum((middle, *after)) if start < 0 else Sum(before)
+        flow.site(node, "start", counted, sign=-1 if start < 0 else 1)
     if "length" in a:
         flow.site(node, "length", middle)
     elif isinstance(end, int) and end < 0:
@@ -279,7 +268,8 @@ def index(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     together = used == list(range(used[0], used[-1] + 1))
     count = value_of(node).dim() - len(rest)
     at = used[0] if together else 0
-    chosen = [flow.new_dim(s, f"is indexed by {place}") for s in value_of(node).shape[at : at + count]]
+    sizes = value_of(node).shape[at : at + count]
+    chosen = [flow.new_dim(size, f"is indexed by {place}") for size in sizes]
     return (*rest[:at], *chosen, *rest[at:])
 
 
@@ -291,106 +281,3 @@ def index_select(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     place = f"is looked up by index in {flow.where(node)}"
     flow.pin(dims[dim], place)
     return (*dims[:dim], flow.new_dim(value_of(node).shape[dim], place), *dims[dim + 1 :])
-
-
-@rule(
-    "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std",
-    "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm", "any", "all", "median",
-    "count_nonzero", "nansum",
-)
-def reduce(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Reduce over dimensions."""
-    tensors = [item for item in node.all_input_nodes if flow.dims(item)]
-    if len(tensors) > 1:
-        return pointwise(flow, node, a)
-    dims = flow.dims(node.all_input_nodes[0])
-    gone = dimensions(a.get("dim"), len(dims)) if dims else []
-    flow.pin((dims[i] for i in gone), f"is reduced over by {flow.where(node)}")
-    keep = bool(a.get("keepdim"))
-    rest = tuple(
-        ONE if i in gone else term for i, term in enumerate(dims) if keep or i not in gone
-    )
-    value = node.meta["val"]
-    return rest if isinstance(value, torch.Tensor) else [rest] * len(value)
-
-
-@rule(
-    "softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod",
-    "logcumsumexp", "cummax", "cummin", "sort", "argsort", "flip", "roll", "tril", "triu", "rot90",
-)
-def mix(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Combine the elements along dimensions, keeping the shape."""
-    dims = flow.dims(a["self"])
-    where = a.get("dim", a.get("dims", [-2, -1]))
-    flow.pin((dims[i] for i in dimensions(where, len(dims))), f"is mixed by {flow.where(node)}")
-    value = node.meta["val"]
-    return dims if isinstance(value, torch.Tensor) else [dims] * len(value)
-
-
-@rule(
-    *(f"{kind}{rank}d" for rank in (1, 2, 3) for kind in (
-        "avg_pool", "max_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool",
-        "upsample_nearest", "_upsample_nearest_exact", "reflection_pad", "replication_pad",
-    )),
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "upsample_bilinear2d", "upsample_linear1d",
-    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "pad",
-    "constant_pad_nd", "topk", "kthvalue",
-)
-def resample(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Change the size of some dimensions (pooling, padding, choosing), keeping the others."""
-    source = node.all_input_nodes[0]
-    dims, shape = flow.dims(source), value_of(source).shape
-    name = operator_name(node)
-    if name in ("topk", "kthvalue"):
-        moved = {a["dim"] % len(dims)}
-    elif "pad" in a:
-        moved = {len(dims) - 1 - i // 2 for i, amount in enumerate(a["pad"]) if amount != 0}
-    else:
-        rank = next(int(letter) for letter in name if letter.isdigit())
-        moved = set(range(len(dims) - rank, len(dims)))
-    place = f"is resized by {flow.where(node)}"
-    flow.pin((dims[i] for i in moved), place)
-    outputs = [
-        tuple(
-            flow.new_dim(size, place) if i in moved else dims[i]
-            for i, size in enumerate(value.shape)
-        )
-        for value in tensors_of(node.meta["val"])
-    ] if name != "kthvalue" else flow.new(node, place)
-    assert len(shape) == len(dims)
-    return outputs[0] if isinstance(node.meta["val"], torch.Tensor) else outputs
-
-
-@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full",
-      "new_empty")
-def fill(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Create a tensor whose elements are all alike, so that any size will do."""
-    result = flow.new(node)
-    assert isinstance(result, tuple)
-    flow.sizes(node, "size", a["size"], result)
-    return result
-
-
-@rule("arange", "linspace", "eye", "scalar_tensor", "tensor", "tril_indices", "triu_indices")
-def constant(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
-    """Create a tensor whose elements depend on their position."""
-    return flow.new(
-        node, f"meets a tensor that is not a parameter, made by {flow.where(node)}"
-    )
-
-
-@rule("one_hot")
-def one_hot(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
-    """Add a dimension of classes."""
-    size = value_of(node).shape[-1]
-    return (*flow.dims(a["self"]), flow.new_dim(size, f"is made by {flow.where(node)}"))
-
-
-@rule("view_as_complex", "view_as_real")
-def complex_view(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
-    """Trade a last dimension of size 2 for complex numbers."""
-    dims, place = flow.dims(a["self"]), f"holds complex numbers in {flow.where(node)}"
-    if operator_name(node) == "view_as_complex":
-        flow.pin(dims[-1], place)
-        return dims[:-1]
-    return (*dims, flow.new_dim(2, place))

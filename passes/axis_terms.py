@@ -176,9 +176,7 @@ class Unifier:
             return
         axis.bound = term
 
-    def _align(
-        self, left: list[Term], right: list[Term], kind: type[Product] | type[Sum]
-    ) -> None:
+    def _align(self, left: list[Term], right: list[Term], kind: type[Product] | type[Sum]) -> None:
         """Walk both lists, cutting the larger head where the smaller one ends."""
         while left and right:
             a, b = left.pop(0), right.pop(0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import axis_contractions, axis_shapes
+from . import axis_contractions, axis_elements
 from .axis_flow import RULES, Flow, Terms, arguments_of, operator_name, tensor_nodes, tensors_of
 from .axis_terms import atoms
 from .program import Program
@@ -113,7 +113,7 @@ def _apply(flow: Flow, node: fx.Node) -> Terms | list[Terms]:
     if found_rule is not None:
         return found_rule(flow, node, arguments_of(node))
     if torch.Tag.pointwise in node.target.tags:
-        return axis_shapes.pointwise(flow, node, {})
+        return axis_elements.pointwise(flow, node, {})
     return axis_contractions.unknown(flow, node, {})
 
 
