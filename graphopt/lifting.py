@@ -32,6 +32,7 @@ _ASSERTIONS = frozenset(
     }
 )
 _TRAINING_ARGUMENTS = frozenset({"train", "training"})
+_STACK_PREFIX = "L__self__"
 _RATE_ARGUMENTS = frozenset({"dropout_p"})
 
 
@@ -73,7 +74,7 @@ class _Lift:
                 self._call(key, [n for n, k in leaves.items() if k == key])
         result = next(iter(reversed(source.nodes)))
         self.graph.output(fx.map_arg(result.args[0], self._value))
-        self.graph.output_node().meta["modules"] = ("",)
+        self.graph.output_node().meta = {"modules": ("",), "calls": ("",)}
         _eliminate_dead_code(self.graph)
         return self.graph
 
@@ -84,7 +85,7 @@ class _Lift:
         for node, spec in zip(nodes, specs, strict=True):
             if spec.kind is InputKind.USER_INPUT:
                 new = self.graph.placeholder(next(names))
-                new.meta = {"val": node.meta["val"], "modules": ("",)}
+                new.meta = {"val": node.meta["val"], "modules": ("",), "calls": ("",)}
                 self.new[node] = new
                 if self.device_input is None and isinstance(node.meta["val"], torch.Tensor):
                     self.device_input = new
@@ -116,7 +117,8 @@ class _Lift:
 
     def _attribute(self, name: str, value: Any) -> fx.Node:
         node = self.graph.get_attr(name)
-        node.meta = {"val": value, "modules": _chain(name.rpartition(".")[0])}
+        modules = _chain(name.rpartition(".")[0])
+        node.meta = {"val": value, "modules": modules, "calls": modules}
         return node
 
     def _leaf_groups(
@@ -173,8 +175,9 @@ class _Lift:
         new = self.graph.call_module(key[0], (self._value(tensor),))
         new.meta = {
             "val": output.meta["val"],
-            "modules": _modules(output),
+            **_scope(output),
             "body": self._body(nodes, output, [tensor, *(n for n in outside if n is not tensor)]),
+            "body_class": type(self.model.get_submodule(key[0])),
         }
         self.new[output] = new
 
@@ -200,7 +203,7 @@ class _Lift:
 
     def _copy(self, node: fx.Node) -> None:
         new = self.graph.node_copy(node, self._value)
-        new.meta = {"val": node.meta.get("val"), "modules": _modules(node)}
+        new.meta = {"val": node.meta.get("val"), **_scope(node)}
         self.new[node] = new
         if isinstance(node.target, torch._ops.OpOverload):
             with self.graph.inserting_before(new):
@@ -223,7 +226,7 @@ class _Lift:
             flag = self._attribute(f"{owner}.training" if owner else "training", True)
             if name in _RATE_ARGUMENTS:
                 flag = self.graph.call_function(operator.mul, (value, flag))
-                flag.meta = {"val": value, "modules": node.meta["modules"]}
+                flag.meta = {**node.meta, "val": value}
             if position < len(node.args):
                 node.update_arg(position, flag)
             else:
@@ -246,27 +249,27 @@ class _Lift:
         if self.device is None:
             assert self.device_input is not None
             self.device = self.graph.call_function(getattr, (self.device_input, "device"))
-            self.device.meta = {"val": self.device_input.meta["val"].device, "modules": ("",)}
+            self.device.meta = {"val": self.device_input.meta["val"].device, "modules": ("",), "calls": ("",)}
         return self.device
 
 
 def _innermost(node: fx.Node) -> tuple[str | None, int]:
     """Return the innermost module of a node and which of its calls this is (0 for the first)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    key, (name, _) = next(reversed(stack.items()), ("", (None, None)))
-    if name is None or name == key:
-        return None, 0
-    name, _, call = Trace.original_name(name).partition("@")
-    return name, int(call or 0)
+    calls = _calls(node)
+    name, _, call = calls[-1].partition("@")
+    return (name, int(call or 0)) if name else (None, 0)
 
 
-def _modules(node: fx.Node) -> tuple[str, ...]:
-    """Return the names of the modules a node came from, outermost first; "" is the model."""
+def _calls(node: fx.Node) -> tuple[str, ...]:
+    """Return the module calls a node came from, outermost first: "" (the model), "block@1"."""
     stack = node.meta.get("nn_module_stack") or {}
-    names = [
-        Trace.original_name(name) for key, (name, _) in stack.items() if name and name != key
-    ]
-    return tuple(dict.fromkeys(["", *names]))
+    keys = [key.removeprefix(_STACK_PREFIX) for key in stack if key.startswith(_STACK_PREFIX)]
+    return tuple(dict.fromkeys(["", *(Trace.original_name(key) for key in keys)]))
+
+
+def _scope(node: fx.Node) -> dict[str, tuple[str, ...]]:
+    calls = _calls(node)
+    return {"modules": tuple(call.partition("@")[0] for call in calls), "calls": calls}
 
 
 def _chain(name: str) -> tuple[str, ...]:

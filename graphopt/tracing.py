@@ -11,9 +11,11 @@ import logging
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -86,7 +88,8 @@ def trace(model: nn.Module, arguments: dict[str, Any]) -> Trace:
     """Trace a call with every batch-like and sequence-like dimension dynamic if it can be.
 
     Dimensions are tried together; when that fails, each group (the batch, each sequence length)
-    is left out in turn, and last all of them.
+    is left out in turn, and last all of them. Each attempt first takes the model's eager paths,
+    then those it reserves for export.
 
     Args:
         model: The model, in the mode (train or eval) to trace.
@@ -104,12 +107,12 @@ def trace(model: nn.Module, arguments: dict[str, Any]) -> Trace:
     if groups:
         attempts.append(set())
     reason: Exception | None = None
-    for attempt in attempts:
+    for attempt, paths in product(attempts, (_as_in_eager, nullcontext)):
         outputs: list[Structure] = []
         wrapper = _FlatCall(model, signature_of(model), inputs, outputs)
         shapes = _dynamic_shapes(tensors, {group: groups[group] for group in attempt})
         try:
-            with _quiet(), _recorded_calls(model) as leaf_calls:
+            with _quiet(), paths(), _recorded_calls(model) as leaf_calls:
                 exported = torch.export.export(
                     wrapper, tuple(tensors), dynamic_shapes=(shapes,), strict=False
                 )
@@ -212,6 +215,17 @@ def _recorded_calls(model: nn.Module) -> Iterator[dict[str, list[bool]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _as_in_eager() -> Iterator[None]:
+    """Let the model's Python take the paths it takes in eager mode.
+
+    Models ask `is_exporting` to replace, for instance, causal attention by attention with an
+    explicit mask: equal outputs, but gradients that are not equal to the last bit.
+    """
+    with mock.patch.object(torch.compiler, "is_exporting", lambda: False):
+        yield
 
 
 @contextmanager

@@ -7,7 +7,6 @@ dictionary of the arguments that differ from their defaults.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from .errors import InputError
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """Return the signature of the model's own forward, without `self`."""
-    original: Callable[..., Any] = getattr(model, "_graphopt_eager_forward", model.forward)
-    return inspect.signature(original)
+    """Return the signature of the model's forward, without `self`."""
+    return inspect.signature(model.forward)
 
 
 def canonical_arguments(

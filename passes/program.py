@@ -54,7 +54,8 @@ Mode = tuple[bool, bool]
 
 def eager_forward(model: nn.Module) -> Callable[..., Any]:
     """Return the forward the model's author wrote, also when a program is installed."""
-    forward: Callable[..., Any] = getattr(model, "_graphopt_eager_forward", model.forward)
+    original = getattr(type(model), "_graphopt_original_class", None)
+    forward: Callable[..., Any] = original.forward.__get__(model) if original else model.forward
     return forward
 
 
@@ -122,9 +123,14 @@ class Program:
             return self.outputs.rebuild(self.run(*tensors))
         return eager_forward(self.model)(*args, **kwargs)
 
-    def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Say whether the graph may run on these tensors now: mode, types and sizes."""
-        if (self.model.training, torch.is_grad_enabled()) not in self.modes:
+    def accepts(self, tensors: Sequence[torch.Tensor], model: nn.Module | None = None) -> bool:
+        """Say whether the graph may run on these tensors now: mode, types and sizes.
+
+        Args:
+            tensors: The call's tensors in order.
+            model: The model to run on, if it is not the captured one but a copy of it.
+        """
+        if ((model or self.model).training, torch.is_grad_enabled()) not in self.modes:
             return False
         for tensor, limit in zip(tensors, self.limits, strict=True):
             if tensor.dim() != len(limit.sizes) or tensor.dtype != limit.dtype:

@@ -1,0 +1,27 @@
+"""Every error a user can cause, in one place to import from."""
+
+from graphopt.passes.errors import (
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    GraphoptError,
+    InputError,
+    MissingExtraError,
+    PlanError,
+    PreconditionError,
+    VerificationError,
+)
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportError",
+    "GraphoptError",
+    "InputError",
+    "MissingExtraError",
+    "PlanError",
+    "PreconditionError",
+    "VerificationError",
+]
