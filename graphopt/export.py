@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 OPSETS = (23, 20)
 """Opsets in the order they are tried.
 
-23 has attention as one operation: faster in ONNX Runtime, and right where a mask hides every
-position (20 leaves zeros out of its softmax there). 20 is for what cannot be written in 23.
+23 has attention as one operation: faster in ONNX Runtime, and equal to torch where a mask hides
+every position, unlike 20. ONNX Runtime refuses some models in 23 (rotary tables that broadcast).
 """
 
 EXTERNAL_DATA_THRESHOLD_BYTES = 2**31 - 2**26
@@ -137,10 +137,7 @@ def export_onnx(
             open_sizes.candidates(flat) if dynamic is None else open_sizes.requested(dynamic, flat)
         )
         failures: list[Exception] = []
-        programs = _programs(flat, wanted, failures)
-        for sizes, program, version in (
-            (*traced, opset) for traced in programs for opset in opsets
-        ):
+        for sizes, program, version in _attempts(flat, wanted, opsets, failures):
             try:
                 names = open_sizes.size_names(program, sizes)
                 translated = _translate(program, flat, names, version)
@@ -207,17 +204,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _programs(
-    flat: FlatModel, wanted: OpenSizes, failures: list[Exception]
-) -> Iterator[tuple[OpenSizes, torch.export.ExportedProgram]]:
-    """Yield the model as ATen graphs, with ever fewer dimensions open; note what failed."""
+def _attempts(
+    flat: FlatModel, wanted: OpenSizes, opsets: tuple[int, ...], failures: list[Exception]
+) -> Iterator[tuple[OpenSizes, torch.export.ExportedProgram, int]]:
+    """Yield ATen graphs with ever fewer dimensions open, each with every opset; note failures."""
     for sizes in open_sizes.narrowed(wanted):
         try:
             program = _trace(flat, sizes)
         except ExportError as error:
             failures.append(error)
         else:
-            yield sizes, program
+            yield from ((sizes, program, version) for version in opsets)
 
 
 def _trace(flat: FlatModel, sizes: OpenSizes) -> torch.export.ExportedProgram:
@@ -279,11 +276,11 @@ def _translate(
     model = translated.model
     values = [*model.graph.inputs, *model.graph.outputs]
     values += [value for node in model.graph.all_nodes() for value in node.outputs]
-    for value in values:
-        for index, size in enumerate(value.shape or ()):
+    for shape in (value.shape for value in values if value.shape is not None):
+        for index, size in enumerate(shape):
             if not isinstance(size, int) and size.value is not None:
                 name = open_sizes.renamed(size.value, names)
-                value.shape[index] = int(name) if name.isdigit() else name
+                shape[index] = int(name) if name.isdigit() else name
     return model
 
 
