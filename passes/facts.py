@@ -113,6 +113,12 @@ def module_costs(program: Program) -> Mapping[str, Cost]:
     return {name: facts_of(program).cost(found) for name, found in nodes.items()}
 
 
+def attribute_of(program: Program, name: str) -> Any:
+    """Return what a `get_attr` node of this target reads: a parameter, a buffer or a flag."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(program.module(module), attribute)
+
+
 class _Counter:
     """One walk over a graph that also learns which values need a gradient."""
 
@@ -176,8 +182,7 @@ class _Counter:
         )
 
     def _remember(self, node: fx.Node) -> None:
-        module, _, attribute = str(node.target).rpartition(".")
-        value = getattr(self._program.module(module), attribute)
+        value = attribute_of(self._program, str(node.target))
         if isinstance(value, nn.Parameter):
             name = self._names.setdefault(id(value), str(node.target))
             self._weights[name] = value
