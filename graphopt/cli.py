@@ -1,0 +1,278 @@
+"""The command line: one command per thing that can be done with a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import cli_results
+from .cli_models import (
+    check_file,
+    check_output,
+    example_inputs,
+    exceeds_memory,
+    keep_shares,
+    open_model,
+)
+from .cli_options import (
+    Batch,
+    Budget,
+    CalibrationFile,
+    Factory,
+    Ignore,
+    Json,
+    Keep,
+    Length,
+    Limit,
+    Meta,
+    NoMeasure,
+    Optimized,
+    RecipeName,
+    Source,
+)
+from .cli_terminal import activity, command, progress_bars, say, show, show_json
+from .errors import ConfigError
+
+app = typer.Typer(
+    name="graphopt",
+    help="An optimizing compiler for the cost of PyTorch models that already exist.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(f"graphopt {__version__}")
+        raise typer.Exit
+
+
+@command(
+    app,
+    "graphopt optimize minilm/ -o out/ --recipe deploy --budget 60%",
+    "graphopt optimize minilm/ -o out/ --calibration texts.jsonl --ignore pooler",
+    "graphopt optimize weights.safetensors --factory my.models:resnet -o out/",
+)
+def optimize(
+    source: Source,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DST", help="Directory to write; must be new."),
+    ] = None,
+    recipe: RecipeName = "train",
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
+    ignore: Ignore = None,
+    keep: Keep = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the plan, like `graphopt plan`.")
+    ] = False,
+    factory: Factory = None,
+    limit: Limit = None,
+    no_measure: NoMeasure = False,
+    batch: Batch = None,
+    length: Length = None,
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint cheaper and write it, with the report of what changed."""
+    options = _options(recipe, budget, ignore, keep, calibration, limit)
+    if dry_run:
+        _show_plan(source, factory, options, no_measure, batch, length, as_json, meta=False)
+        return
+    if output is None:
+        raise typer.BadParameter("pass -o/--output DST, or --dry-run to only see the plan")
+    check_output(output, source)
+    from .api import optimize as optimize_model
+    from .checkpoint import save
+    from .report import report as report_of
+
+    opened = open_model(source, factory)
+    inputs = example_inputs(opened, batch, length)
+    with progress_bars() as progress:
+        model = optimize_model(
+            opened.model,
+            inputs,
+            **options,
+            inplace=True,
+            measure=not no_measure,
+            cost_cache=_cost_cache(),
+            tokenizer=opened.directory,
+            progress=progress,
+        )
+    with activity(f"Writing {output}"):
+        save(model, output, source=opened.directory)
+    show(report_of(model), as_json=as_json)
+    if not as_json:
+        typer.echo(f"written to {output}")
+
+
+@command(
+    app,
+    "graphopt plan minilm/ --recipe deploy --budget 60%",
+    "graphopt plan llama-7b/ --meta --json",
+)
+def plan(
+    source: Source,
+    recipe: RecipeName = "train",
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
+    ignore: Ignore = None,
+    keep: Keep = None,
+    factory: Factory = None,
+    limit: Limit = None,
+    no_measure: NoMeasure = False,
+    meta: Meta = False,
+    batch: Batch = None,
+    length: Length = None,
+    as_json: Json = False,
+) -> None:
+    """Show what `optimize` would change, and every refusal with its reason; change nothing."""
+    options = _options(recipe, budget, ignore, keep, calibration, limit)
+    _show_plan(source, factory, options, no_measure, batch, length, as_json, meta=meta)
+
+
+@command(app, "graphopt densify out/ -o dense/")
+def densify(
+    optimized: Optimized,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to write.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write an ordinary dense checkpoint of an optimized model, where that is possible."""
+    from .checkpoint import densify as densify_model
+    from .checkpoint import save_dense
+
+    check_output(output, optimized)
+    opened = open_model(optimized)
+    with activity(f"Writing {output}"):
+        save_dense(densify_model(opened.model), output, source=opened.directory)
+    if as_json:
+        show_json({"path": str(output)})
+    else:
+        typer.echo(f"written to {output}")
+
+
+@command(app, "graphopt bisect minilm/ --recipe deploy --max-error 0.1")
+def bisect(
+    source: Source,
+    max_error: Annotated[
+        float, typer.Option(metavar="X", help="Largest relative error of the outputs that is fine.")
+    ],
+    recipe: RecipeName = "train",
+    budget: Budget = None,
+    calibration: CalibrationFile = None,
+    ignore: Ignore = None,
+    keep: Keep = None,
+    factory: Factory = None,
+    no_measure: NoMeasure = False,
+    batch: Batch = None,
+    length: Length = None,
+    as_json: Json = False,
+) -> None:
+    """Find the first change that breaks the model or makes its outputs differ too much."""
+    from .cli_bisect import first_bad_change
+
+    options = _options(recipe, budget, ignore, keep, calibration, None)
+    del options["limit"]
+    opened = open_model(source, factory)
+    options |= {
+        "measure": not no_measure,
+        "cost_cache": _cost_cache(),
+        "tokenizer": opened.directory,
+    }
+    inputs = example_inputs(opened, batch, length)
+    with activity("Looking for the change"):
+        finding = first_bad_change(opened.model, inputs, options, max_error)
+    show(finding, as_json=as_json)
+
+
+def _options(
+    recipe: str,
+    budget: str | None,
+    ignore: list[str] | None,
+    keep: list[str] | None,
+    calibration: Path | None,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Return the options of `graphopt.plan`, checked before a model is read."""
+    from graphopt.passes.base import matches, parse_share
+
+    from .recipes import load_recipe
+
+    parse_share(budget, "the budget")
+    shares = keep_shares(keep or ())
+    for pattern in (*(ignore or ()), *shares):
+        matches(pattern, "")
+    check_file(calibration, "calibration")
+    return {
+        "recipe": load_recipe(recipe),
+        "budget": budget,
+        "ignore": tuple(ignore or ()),
+        "keep": shares,
+        "calibration": calibration,
+        "limit": limit,
+    }
+
+
+def _show_plan(
+    source: Path,
+    factory: str | None,
+    options: dict[str, Any],
+    no_measure: bool,
+    batch: int | None,
+    length: int | None,
+    as_json: bool,
+    *,
+    meta: bool,
+) -> None:
+    from .api import plan as plan_of
+    from .report import plan_report
+
+    if not meta and exceeds_memory(source):
+        say(f"graphopt: the weights of {source} do not fit in memory: shapes only")
+        meta = True
+    if meta and options["calibration"] is not None:
+        raise ConfigError("calibration needs weights, and this plan has shapes only")
+    opened = open_model(source, factory, meta=meta)
+    inputs = example_inputs(opened, batch, length)
+    with progress_bars() as progress:
+        made = plan_of(
+            opened.model,
+            inputs,
+            **options,
+            measure=not (no_measure or meta),
+            cost_cache=_cost_cache(),
+            tokenizer=opened.directory,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        show(plan_report(made), as_json=False)
+
+
+def _cost_cache() -> Path:
+    from graphopt.passes.costs import default_cache_path
+
+    return default_cache_path()
+
+
+app.add_typer(cli_results.app)

@@ -1,0 +1,72 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="A Hugging Face directory, a .pt2 exported program, or weights with --factory.",
+    ),
+]
+Optimized = Annotated[
+    Path, typer.Argument(metavar="DST", help="A directory that graphopt wrote, or a source.")
+]
+OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model that plain weights belong to."
+    ),
+]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="exact, train, deploy, a YAML file, or passes separated by commas."
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="Forward FLOPs to keep: 60% or 0.6. Default: the recipe's."),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help='Real inputs: .npz, .safetensors, or .jsonl rows of {"text": ...}.',
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave this alone: a name, or re:REGEX. Repeatable."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=SHARE", help="Keep this share of it. Repeatable."),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Make only the first N changes.")
+]
+NoMeasure = Annotated[
+    bool, typer.Option("--no-measure", help="Time nothing: trust FLOPs about what is faster.")
+]
+Batch = Annotated[
+    int | None, typer.Option(metavar="N", help="Rows of the example inputs, which are inferred.")
+]
+Length = Annotated[
+    int | None, typer.Option(metavar="N", help="Most tokens per row of the example inputs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Meta = Annotated[
+    bool,
+    typer.Option(
+        "--meta",
+        help="Shapes only, no weights are read; the default if they do not fit in memory.",
+    ),
+]
