@@ -314,6 +314,28 @@ class CrossAttention(nn.Module):
         return result
 
 
+class AcrossUnits(nn.Module):
+    """Operators that let every unit depend on the others: none may be removed."""
+
+    def __init__(self) -> None:
+        """Create layers of 12 units."""
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.norm = nn.LayerNorm(12)
+        self.second = nn.Linear(12, 12)
+        self.third = nn.Linear(12, 12)
+        self.fourth = nn.Linear(12, 12)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, 8] to [batch, 3]."""
+        x = self.second(self.norm(self.first(x)))
+        x = self.third(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        x = self.fourth(x.softmax(-1))
+        result: Tensor = self.last(x[:, torch.arange(11, -1, -1)])
+        return result
+
+
 COUPLED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "concatenation": (Concatenation, (_input(2, 3, 16, 16),)),
     "grouped": (Grouped, (_input(2, 3, 8, 8),)),
@@ -328,5 +350,6 @@ COUPLED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "cut-twice": (CutTwice, (_input(2, 8),)),
     "tied-weight": (TiedWeight, (_input(2, 8),)),
     "outer-product": (OuterProduct, (_input(2, 8),)),
+    "across-units": (AcrossUnits, (_input(2, 8),)),
     "cross-attention": (CrossAttention, (_input(2, 9, 24), _input(2, 7, 16))),
 }

@@ -17,6 +17,7 @@ from zoo import find_case
 from graphopt.capture import capture
 from graphopt.passes.axes import Axes, ChannelGroup, axes_of
 from graphopt.passes.axis_sizes import attributes_with, resize_arguments
+from graphopt.passes.axis_terms import Product, Sum, Unifier, atoms, size_of
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.propagation import refresh
 from graphopt.passes.structure import flatten
@@ -85,6 +86,7 @@ EXPECTED: dict[str, dict[str, int]] = {
     "cut-twice": {"6 hidden units": 1, "4 hidden units": 1, "3 hidden units": 1},
     "tied-weight": {"20 hidden units": 1},
     "outer-product": {},
+    "across-units": {},
     "cross-attention": {"4 heads": 2, "24 hidden units": 1},
 }
 
@@ -267,6 +269,18 @@ def test_a_consumer_names_the_value_it_contracts() -> None:
     assert dim == 2
     assert node.graph is program.graph
     assert node.meta["val"].shape[dim] == group.size
+
+
+def test_dimensions_cut_alike_are_refined_and_others_kept_apart() -> None:
+    unifier = Unifier()
+    width, heads, half = unifier.fresh(24), unifier.fresh(4), unifier.fresh(12)
+    unifier.unify(width, Product((heads, unifier.fresh(6))))
+    unifier.unify(width, Sum((half, unifier.fresh(12))))
+    assert not unifier.conflicts
+    assert [size_of(part) for part in atoms(heads)] == [2, 2]
+    assert [size_of(factor) for factor in atoms(half)] == [2, 6]
+    unifier.unify(width, Product((unifier.fresh(3), unifier.fresh(8))))
+    assert "is grouped in two ways" in unifier.conflicts[0][1]
 
 
 def test_group_keys_are_stable_and_distinct() -> None:
