@@ -126,7 +126,8 @@ class _Block(nn.Module):
         normed = self.norm(stream)
         mixed = self.attention(normed, normed, normed, need_weights=False)[0]
         if self.parallel:
-            return stream + mixed + self._feed_forward(normed)
+            result: Tensor = stream + mixed + self._feed_forward(normed)
+            return result
         stream = stream + mixed
         return stream + self._feed_forward(self.norm(stream))
 
@@ -159,7 +160,8 @@ class _Adapted(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         hidden = self.layer(stream).relu()
-        return stream + (hidden + self.adapter(hidden))
+        result: Tensor = stream + (hidden + self.adapter(hidden))
+        return result
 
 
 def test_region_swallows_an_adapter() -> None:
