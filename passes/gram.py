@@ -15,8 +15,9 @@ class GramAccumulator:
 
     Least squares, OBS scores and whitened factorization need nothing else of the calibration
     data, so memory does not grow with it: `8 * channels * (channels + outputs)` bytes.
-    Every product is formed and summed in float64. Rows are counted, not batches: statistics do
-    not depend on how the rows were split, up to float64 rounding.
+    Every product is formed and summed in float64. Statistics do not depend on how the rows were
+    split into batches, up to float64 rounding. Rows may carry weights: 0 for padding, more for
+    rows whose error matters more to the model's output.
 
     Args:
         channels: Number of input channels of the layer.
@@ -24,7 +25,7 @@ class GramAccumulator:
         device: Where the sums live and the products run.
 
     Attributes:
-        count: Number of rows seen, masked rows not counted.
+        count: Number of rows seen, without those of weight 0.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class GramAccumulator:
                 f"expected channels >= 1 and outputs >= 0, got {channels} and {outputs}"
             )
         self.count = 0
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._sum_x = torch.zeros(channels, dtype=torch.float64, device=device)
         self._sum_y = torch.zeros(outputs, dtype=torch.float64, device=device)
         self._sum_xx = torch.zeros(channels, channels, dtype=torch.float64, device=device)
@@ -53,7 +55,7 @@ class GramAccumulator:
         return self._sum_y.numel()
 
     @torch.no_grad()
-    def update(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def update(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add rows.
 
         Cost: `rows * channels * (channels + outputs)` multiply-adds in float64.
@@ -61,11 +63,12 @@ class GramAccumulator:
         Args:
             x: Inputs [..., channels].
             y: Targets [..., outputs], the leading dimensions of `x`; needed iff `outputs > 0`.
-            mask: Rows to count [...], true for a real token, false for padding; default: all.
+            weights: Of the rows [...], not negative, or a mask that is true for real tokens; rows
+                of weight 0 are not read at all. Default: 1 for all.
 
         Raises:
-            ValueError: A shape does not fit, or a counted value is not finite; the sums are
-                then unchanged.
+            ValueError: A shape does not fit, a weight is negative, or a value that counts is not
+                finite; the sums are then unchanged.
         """
         rows = x.shape[:-1]
         if x.ndim < 1 or x.shape[-1] != self.channels:
@@ -75,69 +78,74 @@ class GramAccumulator:
         ):
             got = "none" if y is None else str(list(y.shape))
             raise ValueError(f"expected targets {[*rows, self.outputs]}, got {got}")
-        if mask is not None and mask.shape != rows:
-            raise ValueError(f"expected a row mask {list(rows)}, got {list(mask.shape)}")
-        x = self._rows(x, self.channels, mask)
-        sum_x, sum_xx = x.sum(0), x.T @ x
-        if not torch.isfinite(sum_x).all():
-            raise ValueError("calibration inputs contain values that are not finite")
-        if y is not None:
-            y = self._rows(y, self.outputs, mask)
-            sum_y = y.sum(0)
-            if not torch.isfinite(sum_y).all():
-                raise ValueError("calibration targets contain values that are not finite")
-            self._sum_y += sum_y
-            self._sum_xy.addmm_(x.T, y)
-            self._sum_yy += y.square().sum(0)
-        self._sum_x += sum_x
-        self._sum_xx += sum_xx
+        if weights is not None and weights.shape != rows:
+            raise ValueError(f"expected row weights {list(rows)}, got {list(weights.shape)}")
+        x = x.reshape(-1, self.channels)
+        y = x.new_zeros(x.shape[0], 0) if y is None else y.reshape(-1, self.outputs)
+        scale = x.new_ones(x.shape[0]) if weights is None else weights.reshape(-1)
+        read = scale != 0
+        x, y, scale = (rows_of[read].to(self._sum_x) for rows_of in (x, y, scale))
+        if not all(bool(torch.isfinite(values).all()) for values in (x, y, scale)):
+            raise ValueError("calibration rows contain values that are not finite")
+        if (scale < 0).any():
+            raise ValueError("expected row weights >= 0, got negative ones")
+        weighted = x * scale[:, None]
+        self._total += scale.sum()
+        self._sum_x += weighted.sum(0)
+        self._sum_y += scale @ y
+        self._sum_xx.addmm_(weighted.T, x)
+        self._sum_xy.addmm_(weighted.T, y)
+        self._sum_yy += scale @ y.square()
         self.count += x.shape[0]
-
-    def _rows(self, values: Tensor, width: int, mask: Tensor | None) -> Tensor:
-        values = values.reshape(-1, width)
-        if mask is not None:
-            values = values[mask.reshape(-1).to(values.device, torch.bool)]
-        return values.to(self._sum_x.device, torch.float64)
 
     @property
     def mean_x(self) -> Tensor:
         """Mean input [channels]."""
-        return self._sum_x / self._counted()
+        return self._sum_x / self._weight_seen()
 
     @property
     def mean_y(self) -> Tensor:
         """Mean target [outputs]."""
-        return self._sum_y / self._counted()
+        return self._sum_y / self._weight_seen()
 
     @property
     def covariance(self) -> Tensor:
-        """Centered Gram matrix of the inputs, per row [channels, channels].
+        """Centered Gram matrix of the inputs, per unit of row weight [channels, channels].
 
         Centering is the same as a constant column in the design matrix: it is what lets a
         repair absorb means in the bias.
         """
         mean = self.mean_x
-        return self._sum_xx / self.count - torch.outer(mean, mean)
+        return self._sum_xx / self._weight_seen() - torch.outer(mean, mean)
 
     @property
     def cross_covariance(self) -> Tensor:
-        """Centered `X^T Y`, per row [channels, outputs]."""
-        return self._sum_xy / self._counted() - torch.outer(self.mean_x, self.mean_y)
+        """Centered `X^T Y`, per unit of row weight [channels, outputs]."""
+        return self._sum_xy / self._weight_seen() - torch.outer(self.mean_x, self.mean_y)
 
     @property
     def variance_y(self) -> Tensor:
         """Variance of every target column [outputs]."""
-        return (self._sum_yy / self._counted() - self.mean_y.square()).clamp_min(0.0)
+        return (self._sum_yy / self._weight_seen() - self.mean_y.square()).clamp_min(0.0)
 
-    def _counted(self) -> int:
+    def uncentered(self) -> GramAccumulator:
+        """Return the same statistics as if all means were zero: for layers without a bias."""
+        result = GramAccumulator(self.channels, self.outputs, device=self._sum_x.device)
+        result.load_state_dict(self.state_dict())
+        result._sum_x.zero_()
+        result._sum_y.zero_()
+        return result
+
+    def _weight_seen(self) -> Tensor:
         if self.count == 0:
             raise ValueError("no calibration rows were seen: call update() first")
-        return self.count
+        return self._total
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything needed to go on later: plain tensors, fit for safetensors."""
         return {
             "count": torch.tensor(self.count),
+            "total": self._total.clone(),
             "sum_x": self._sum_x.clone(),
             "sum_y": self._sum_y.clone(),
             "sum_xx": self._sum_xx.clone(),

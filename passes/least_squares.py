@@ -28,6 +28,7 @@ __all__ = [
     "magnitude_scores",
     "obs_scores",
     "select_groups",
+    "weigh_outputs",
 ]
 
 
@@ -103,6 +104,26 @@ def magnitude_scores(weights: Sequence[Tensor], group_size: int = 1) -> Tensor:
         weight.detach().double().reshape(-1, weight.shape[-1]).square().sum(0) for weight in weights
     ]
     return torch.stack([_sum_groups(s, group_size).sqrt() for s in scores]).prod(0)
+
+
+def weigh_outputs(weight: Tensor, metric: Tensor) -> Tensor:
+    """Return the weight in coordinates where squared length is the output error that matters.
+
+    With M = E[g g^T] of the gradients g that the model's output has at this layer's output, the
+    error e costs `e^T M e` to first order (Gauss-Newton, Kronecker-factored as in K-FAC, arXiv
+    1503.05671). Scores and elimination on the returned weight count that cost. A least-squares fit
+    with unlimited data does not depend on M, so fits take the plain weight.
+
+    Args:
+        weight: [outputs, channels].
+        metric: Positive semidefinite [outputs, outputs].
+
+    Returns:
+        `M^(1/2) weight` [outputs, channels], float64.
+    """
+    values, vectors = torch.linalg.eigh(metric.detach().double())
+    rotated: Tensor = vectors.T @ weight.detach().double()
+    return values.clamp_min(0).sqrt()[:, None] * rotated
 
 
 def obs_scores(

@@ -55,6 +55,17 @@ def test_masked_rows_do_not_count() -> None:
         assert torch.equal(masked.state_dict()[name], value), name
 
 
+def test_a_weight_of_two_is_a_row_seen_twice() -> None:
+    x, y = rows(9, 4, 6), rows(9, 2, 7)
+    weights = torch.arange(9) % 3
+    weighted, repeated = GramAccumulator(4, 2), GramAccumulator(4, 2)
+    weighted.update(x, y, weights)
+    repeated.update(x.repeat_interleave(weights, 0), y.repeat_interleave(weights, 0))
+    scale = max(x.abs().max().item(), y.abs().max().item()) ** 2
+    for name in ("mean_x", "mean_y", "covariance", "cross_covariance", "variance_y"):
+        assert_same(getattr(weighted, name), getattr(repeated, name), 9, scale)
+
+
 def test_resuming_from_a_saved_state_changes_nothing() -> None:
     x = rows(40, 5, 4)
     whole, first, second = (GramAccumulator(5) for _ in range(3))
@@ -82,24 +93,37 @@ def test_a_state_of_another_layer_is_refused_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "mask", "message"),
+    ("x", "y", "weights", "message"),
     [
         (torch.ones(2, 4), torch.ones(2, 2), None, r"inputs \[..., 3\], got \[2, 4\]"),
         (torch.ones(2, 3), None, None, r"targets \[2, 2\], got none"),
         (torch.ones(2, 3), torch.ones(3, 2), None, r"targets \[2, 2\], got \[3, 2\]"),
-        (torch.ones(2, 3), torch.ones(2, 2), torch.ones(3), r"row mask \[2\], got \[3\]"),
-        (torch.full((2, 3), torch.inf), torch.ones(2, 2), None, "inputs contain values"),
-        (torch.ones(2, 3), torch.full((2, 2), torch.nan), None, "targets contain values"),
+        (torch.ones(2, 3), torch.ones(2, 2), torch.ones(3), r"row weights \[2\], got \[3\]"),
+        (torch.full((2, 3), torch.inf), torch.ones(2, 2), None, "not finite"),
+        (torch.ones(2, 3), torch.full((2, 2), torch.nan), None, "not finite"),
+        (torch.ones(2, 3), torch.ones(2, 2), torch.tensor([1, torch.inf]), "not finite"),
+        (torch.ones(2, 3), torch.ones(2, 2), torch.tensor([1, -1]), ">= 0"),
     ],
 )
 def test_bad_rows_are_refused_and_change_nothing(
-    x: Tensor, y: Tensor | None, mask: Tensor | None, message: str
+    x: Tensor, y: Tensor | None, weights: Tensor | None, message: str
 ) -> None:
     gram = GramAccumulator(3, 2)
     with pytest.raises(ValueError, match=message):
-        gram.update(x, y, mask)
+        gram.update(x, y, weights)
     assert gram.count == 0
     assert all(not value.any() for value in gram.state_dict().values())
+
+
+def test_uncentered_statistics_are_plain_second_moments() -> None:
+    x, y = rows(9, 4, 8), rows(9, 2, 9)
+    gram = GramAccumulator(4, 2)
+    gram.update(x, y)
+    plain = gram.uncentered()
+    scale = max(x.abs().max().item(), y.abs().max().item()) ** 2
+    assert_same(plain.covariance, x.double().T @ x.double() / 9, 9, scale)
+    assert_same(plain.cross_covariance, x.double().T @ y.double() / 9, 9, scale)
+    assert gram.mean_x.any()  # the original is unchanged
 
 
 def test_no_rows_no_statistics() -> None:

@@ -17,6 +17,7 @@ from graphopt.passes.least_squares import (
     magnitude_scores,
     obs_scores,
     select_groups,
+    weigh_outputs,
 )
 
 ROWS, CHANNELS, OUTPUTS = 200, 8, 5
@@ -115,6 +116,14 @@ def test_obs_score_is_the_error_after_removing_a_group_and_refitting(group_size:
         solution = torch.linalg.lstsq(design[:, left], target).solution
         error = (design[:, left] @ solution - target).square().sum() / ROWS
         assert_close(score, error)
+
+
+def test_weighed_outputs_measure_errors_in_the_metric() -> None:
+    _, weight, _ = problem(9)
+    gradients = problem(10)[0][:3, :OUTPUTS]  # fewer than outputs: a singular metric
+    metric = gradients.T @ gradients
+    weighed = weigh_outputs(weight, metric)
+    assert_close(weighed.T @ weighed, weight.T @ metric @ weight)
 
 
 @pytest.mark.parametrize(("group_size", "keep"), [(1, 3), (2, 2)])
