@@ -122,8 +122,8 @@ def weigh_outputs(weight: Tensor, metric: Tensor) -> Tensor:
         `M^(1/2) weight` [outputs, channels], float64.
     """
     values, vectors = torch.linalg.eigh(metric.detach().double())
-    rotated: Tensor = vectors.T @ weight.detach().double()
-    return values.clamp_min(0).sqrt()[:, None] * rotated
+    weighed: Tensor = values.clamp_min(0).sqrt()[:, None] * (vectors.T @ weight.detach().double())
+    return weighed
 
 
 def obs_scores(
