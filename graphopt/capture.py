@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from graphopt.passes.calls import (
 from graphopt.passes.errors import CaptureError
 from graphopt.passes.program import Mode, Program, eager_forward
 from graphopt.passes.structure import flatten, map_tensors
+from graphopt.passes.verifier import preserved
 
 from .inputs import infer_inputs
 from .lifting import lift
@@ -51,7 +50,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         arguments = canonical_arguments(signature_of(model), (), infer_inputs(model))
     else:
         arguments = example_arguments(model, example_inputs)
-    with preserved_modes(model):
+    with preserved(model):
         program = _trace_program(model, _with_two_rows(arguments))
         if not any(p.is_meta for p in model.parameters()):
             _compare_with_eager(program)
@@ -113,11 +112,11 @@ def _compare_with_eager(program: Program) -> None:
 
 def _difference(program: Program) -> str | None:
     """Say how the graph's result differs from the eager one, or None where it does not."""
-    args, kwargs = expand_arguments(program.signature, program.example)
-    tensors, _ = flatten(program.example)
-    with _preserved_state(program.model):
+    tensors = program.few_rows()
+    args, kwargs = expand_arguments(program.signature, program.inputs.rebuild(tensors))
+    with preserved(program.model):
         expected, structure = flatten(eager_forward(program.model)(*args, **kwargs))
-    with _preserved_state(program.model):
+    with preserved(program.model):
         try:
             actual = program.run(*tensors)
         except Exception as error:  # noqa: BLE001 - any failure of the graph means: do not use it
@@ -131,29 +130,3 @@ def _difference(program: Program) -> str | None:
             largest = (value.double() - reference.double()).abs().max().item()
             return f"differs by up to {largest:.1e}"
     return None
-
-
-@contextmanager
-def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Restore every module's training flag at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _preserved_state(model: nn.Module) -> Iterator[None]:
-    """Run with fixed random numbers; restore the generator and the buffers at the end."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)

@@ -149,12 +149,12 @@ class Pass(ABC):
     def propose(self, program: Program, context: Context) -> Proposal:
         """Return what could change and what could not, with reasons; touch nothing."""
 
-    def settle(self, program: Program, change: Change, context: Context) -> Change:
-        """Return the change with its last details decided on the program as it is now.
+    def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
+        """Return the candidate with its last details decided on the program as it is now.
 
         Called right before `transfer`, when all earlier changes are in place.
         """
-        return change
+        return candidate
 
     @abstractmethod
     def transfer(self, program: Program, change: Change, context: Context) -> State:

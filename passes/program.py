@@ -153,6 +153,22 @@ class Program:
         result: tuple[Any, ...] = self._function(self.model, *tensors)
         return result
 
+    def few_rows(self) -> list[torch.Tensor]:
+        """Return the example's tensors with at most two rows where the batch is dynamic."""
+        tensors, _ = flatten(self.example)
+        dynamic = self.dynamic_dimensions()
+        sizes = {
+            tensor.shape[0]
+            for tensor, node in zip(tensors, self.placeholders, strict=True)
+            if 0 in dynamic[node.name]
+        }
+        if len(sizes) != 1:
+            return tensors
+        return [
+            tensor[:2] if 0 in dynamic[node.name] else tensor
+            for tensor, node in zip(tensors, self.placeholders, strict=True)
+        ]
+
     def changed(self) -> None:
         """Drop everything derived from the graph; call it after every edit."""
         self._facts.clear()

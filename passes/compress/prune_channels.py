@@ -1,0 +1,442 @@
+"""Remove hidden units, attention heads and convolution channels, physically."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
+
+import torch
+from torch import nn
+
+from graphopt.passes.axes import ChannelGroup, axes_of
+from graphopt.passes.axis_sizes import attributes_with, resize_arguments
+from graphopt.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    Cost,
+    Miss,
+    Pass,
+    Proposal,
+    State,
+    set_tensor,
+    shared_names,
+)
+from graphopt.passes.contractions import Contraction, contraction_of
+from graphopt.passes.errors import PlanError, PreconditionError
+from graphopt.passes.facts import attribute_of, facts_of, total_cost
+from graphopt.passes.least_squares import (
+    eliminate_groups,
+    fit_linear,
+    kept_group_count,
+    magnitude_scores,
+    obs_scores,
+    select_groups,
+)
+from graphopt.passes.program import Program
+from graphopt.passes.ranges import format_ranges, parse_ranges
+from graphopt.passes.scaling import flops_with
+
+_KINDS = ("heads", "hidden units", "channels")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PruneChannels(Pass):
+    """Remove whole units of coupled channels from every parameter they run through.
+
+    before: y = W2 f(W1 x + b1) + b2             W1 [units, in], W2 [out, units]
+    after:  y = W2' f(W1[K] x + b1[K]) + b2'     K: the units kept
+
+    Units are hidden units of feed-forward blocks, attention heads (with grouped queries: a
+    key/value head and its query heads) and convolution channels, found as coupled groups by
+    dataflow (`axes`). Without data they are scored by magnitude; with calibration data by OBS,
+    eliminated one after the other on the already pruned prefix, and the layer behind them is
+    refitted by least squares, the bias absorbing means (`least_squares.fit_linear`). The same
+    share is kept in all groups, the largest that meets the budget; `Context.keep` overrides it
+    by pattern.
+
+    Cost: for a group of n channels one pass over the calibration data and O(n^3).
+    Source: ZipLM, Kurtic et al. 2023 (arXiv 2302.04089); repair: FLAP, An et al. 2023.
+
+    Attributes:
+        share: Share of units kept where the context has no budget.
+        round_to: Units left are a multiple of this, heads excepted.
+        scores: "auto" (OBS with calibration data, else magnitude), "magnitude" or "obs".
+        repair: Whether the following layer is refitted where there is calibration data.
+        damping: Ridge of the refit, as a share of the mean variance of the kept inputs.
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    exact: ClassVar[bool] = False
+
+    share: float = 0.5
+    round_to: int = 8
+    scores: str = "auto"
+    repair: bool = True
+    damping: float = 0.1
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Refuse options that no model can satisfy."""
+        if not 0 < self.share <= 1 or self.round_to < 1 or self.damping <= 0:
+            raise PreconditionError(
+                f"{self.name} needs 0 < share <= 1, round_to >= 1 and damping > 0, got "
+                f"share={self.share}, round_to={self.round_to}, damping={self.damping}"
+            )
+        if self.scores not in ("auto", "magnitude", "obs"):
+            raise PreconditionError(
+                f"{self.name} scores by 'auto', 'magnitude' or 'obs', got {self.scores!r}"
+            )
+        if self.scores == "obs" and context.calibration is None:
+            raise PreconditionError(
+                f"{self.name} with scores='obs' needs calibration data; pass calibration=..."
+            )
+
+    def propose(self, program: Program, context: Context) -> Proposal:
+        """Propose the same share for every group that can be pruned."""
+        groups: list[ChannelGroup] = []
+        misses: list[Miss] = []
+        for group in axes_of(program).groups():
+            reason = _refusal(group, context)
+            if reason is None:
+                groups.append(group)
+            else:
+                misses.append(Miss(pass_name=self.name, target=_target(group), reason=reason))
+        sizes = self._sizes(program, context, groups)
+        candidates: list[Candidate] = []
+        for group in groups:
+            size = sizes[group.axis]
+            if size == group.size:
+                text = f"all {size} {group.kind} fit the budget when rounded to {self.round_to}"
+                misses.append(Miss(pass_name=self.name, target=_target(group), reason=text))
+                continue
+            candidate = _candidate(program, group, size)
+            refusal = context.costs and _measured_refusal(program, group, size, context)
+            if refusal:
+                misses.append(Miss(pass_name=self.name, target=_target(group), reason=refusal))
+            else:
+                candidates.append(candidate)
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
+        """Choose the units that stay, on the program as it is now."""
+        change = candidate.change
+        group = axes_of(program).group(change.details["group"])
+        count = int(change.details["count"])
+        kept = self._select(program, group, count, context)
+        error = self._predicted_error(program, group, kept, context)
+        details = {**_details(program, group, kept), "group": group.key}
+        return replace(
+            candidate, change=replace(change, details=details), predicted_error=error
+        )
+
+    def transfer(self, program: Program, change: Change, context: Context) -> State:
+        """Slice every member; refit the consumers where there is calibration data."""
+        group = axes_of(program).group(change.details["group"])
+        kept = parse_ranges(change.details["kept"], group.size)
+        state = _sliced(program, group, kept)
+        if self.repair and context.calibration is not None:
+            for contraction in _consumers(program, group):
+                state.update(self._fitted(program, group, contraction, kept, context))
+        return state
+
+    def apply(self, program: Program, change: Change) -> None:
+        """Resize members, module attributes and the sizes in the graph."""
+        details = change.details
+        group = axes_of(program).group(str(details.get("group")))
+        kept = parse_ranges(details.get("kept"), group.size)
+        if not group.prunable:
+            raise PlanError(f"{_target(group)} cannot be pruned: {group.reasons[0]}")
+        if details != {**_details(program, group, kept), "group": group.key}:
+            raise PlanError(
+                f"the change of {_target(group)} does not describe this model; "
+                "was the plan edited or made for another model?"
+            )
+        sizes = {group.axis: len(kept)}
+        attributes = attributes_with(program, sizes)
+        state = _sliced(program, group, kept)
+        resize_arguments(program, sizes)
+        for name, value in state.items():
+            _set_everywhere(program.model, name, value)
+        for module, values in attributes.items():
+            for attribute, value in values.items():
+                setattr(program.module(module), attribute, value)
+        program.changed()
+
+    def restore(self, model: nn.Module, change: Change) -> None:
+        """Give every member its full size back; what was removed is zero."""
+        for name, slices in change.details["slices"].items():
+            parent, _, attribute = name.rpartition(".")
+            value = getattr(model.get_submodule(parent), attribute).detach()
+            for dim, size, kept in slices:
+                full = list(value.shape)
+                full[dim] = size
+                indices = torch.tensor(parse_ranges(kept, size), device=value.device)
+                value = value.new_zeros(full).index_copy(dim, indices, value)
+            _set_everywhere(model, name, value)
+        for module, values in change.details["attributes"].items():
+            for attribute, (before, _) in values.items():
+                setattr(model.get_submodule(module), attribute, before)
+
+    def _sizes(
+        self, program: Program, context: Context, groups: Sequence[ChannelGroup]
+    ) -> dict[int, int]:
+        """Find the largest share, the same for all groups, that meets the budget."""
+
+        def sizes(share: float, other: float | None = None) -> dict[int, int]:
+            return {
+                group.axis: kept_group_count(
+                    group.size,
+                    context.kept_share(
+                        share if other is None or group.kind == "heads" else other,
+                        *_names(group),
+                    ),
+                    1 if group.kind == "heads" else self.round_to,
+                )
+                for group in groups
+            }
+
+        if context.budget is None:
+            return sizes(self.share)
+        budget = context.budget * total_cost(program).flops
+        share = _largest(lambda value: flops_with(program, sizes(value)) <= budget)
+        rest = _largest(lambda value: flops_with(program, sizes(share, value)) <= budget)
+        return sizes(share, max(share, rest))
+
+    def _select(
+        self, program: Program, group: ChannelGroup, count: int, context: Context
+    ) -> list[int]:
+        contractions = list(_consumers(program, group))
+        uniform = len({len(unit) for c in group.of("consumer") for unit in c.units()}) == 1
+        if (
+            self.scores == "magnitude"
+            or context.calibration is None
+            or not contractions
+            or not uniform
+        ):
+            return select_groups(_magnitudes(program, group), count).tolist()
+        inputs = {c.inputs for c in contractions}
+        if len(inputs) == 1 and len({c.window for c in contractions}) == 1:
+            covariance, weight, size = self._problem(program, group, contractions, context)
+            step = max(1, (group.size - count) // 64)
+            return eliminate_groups(
+                covariance, weight, count, group_size=size, step=step, damping=0.01
+            ).tolist()
+        scores = torch.zeros(group.size, dtype=torch.float64)
+        for contraction in contractions:
+            covariance, weight, size = self._problem(program, group, [contraction], context)
+            scores += obs_scores(covariance, weight, group_size=size).cpu()
+        return select_groups(scores, count).tolist()
+
+    def _problem(
+        self,
+        program: Program,
+        group: ChannelGroup,
+        contractions: list[Contraction],
+        context: Context,
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return covariance, stacked weights and channels per unit, unit by unit in order."""
+        assert context.calibration is not None
+        first = contractions[0]
+        statistics = context.calibration.statistics(program, first.inputs, first.unfold)
+        member = _member(group, first)
+        channels = [index for unit in member.units() for index in unit]
+        order = first.columns(channels)
+        weight = torch.cat(
+            [c.matrix(attribute_of(program, c.parameter).detach())[:, order] for c in contractions]
+        )
+        covariance = statistics.covariance[order][:, order]
+        return covariance, weight, len(order) // group.size
+
+    def _fitted(
+        self,
+        program: Program,
+        group: ChannelGroup,
+        contraction: Contraction,
+        kept: list[int],
+        context: Context,
+    ) -> State:
+        assert context.calibration is not None
+        weight = attribute_of(program, contraction.parameter).detach()
+        bias = None if contraction.bias is None else attribute_of(program, contraction.bias).detach()
+        statistics = context.calibration.statistics(program, contraction.inputs, contraction.unfold)
+        fit = fit_linear(
+            statistics if bias is not None else statistics.uncentered(),
+            contraction.matrix(weight),
+            bias,
+            contraction.columns(_member(group, contraction).indices(kept)),
+            damping=self.damping,
+        )
+        state = {contraction.parameter: contraction.weight(fit.weight, weight)}
+        if contraction.bias is not None and bias is not None:
+            state[contraction.bias] = fit.bias.to(bias)
+        return state
+
+    def _predicted_error(
+        self, program: Program, group: ChannelGroup, kept: list[int], context: Context
+    ) -> float | None:
+        """Return the largest relative output error of the consumers, on the calibration data."""
+        if context.calibration is None or not self.repair:
+            return None
+        errors = []
+        for contraction in _consumers(program, group):
+            weight = attribute_of(program, contraction.parameter).detach()
+            statistics = context.calibration.statistics(
+                program, contraction.inputs, contraction.unfold
+            )
+            columns = contraction.columns(_member(group, contraction).indices(kept))
+            fit = fit_linear(
+                statistics, contraction.matrix(weight), None, columns, damping=self.damping
+            )
+            errors.append(fit.relative_error**0.5)
+        return max(errors, default=None)
+
+
+def _largest(fits: Any) -> float:
+    """Return the largest share in (0, 1], to 1/1024, that fits; the smallest if none does."""
+    low, high = 0, 1024
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle / 1024) else (low, middle - 1)
+    return max(low, 1) / 1024
+
+
+def _names(group: ChannelGroup) -> list[str]:
+    """Return the names a pattern can match: the parameters that make or consume the units."""
+    return [
+        member.parameter
+        for member in group.members
+        if member.role in ("producer", "consumer")
+    ]
+
+
+def _target(group: ChannelGroup) -> str:
+    producers = group.of("producer") or group.members
+    return f"{producers[0].parameter} ({group.size} {group.kind})"
+
+
+def _refusal(group: ChannelGroup, context: Context) -> str | None:
+    if group.reasons:
+        return group.reasons[0]
+    pattern = context.ignored_by(*_names(group))
+    if pattern is not None:
+        return f"ignored by the pattern {pattern!r}"
+    if group.kind not in _KINDS:
+        return f"a {group.kind} is left as it is"
+    if group.size == 1:
+        return "it has one unit only"
+    return None
+
+
+def _consumers(program: Program, group: ChannelGroup) -> Iterator[Contraction]:
+    """Yield the consumers that can be fitted: those that use their weight in no other way."""
+    for member in group.of("consumer"):
+        alone = sum(other.parameter == member.parameter for other in group.members) == 1
+        contraction = contraction_of(program, member) if alone else None
+        if contraction is not None:
+            yield contraction
+
+
+def _member(group: ChannelGroup, contraction: Contraction) -> Any:
+    return next(m for m in group.of("consumer") if m.parameter == contraction.parameter)
+
+
+def _magnitudes(program: Program, group: ChannelGroup) -> torch.Tensor:
+    """Return the product, over producers and consumers, of the norms of a unit's weights."""
+    weights = []
+    for member in group.members:
+        if member.role in ("producer", "consumer"):
+            value = attribute_of(program, member.parameter).detach().double()
+            norms = value.movedim(member.dim, -1).reshape(-1, value.shape[member.dim]).norm(dim=0)
+            weights.append(torch.stack([norms[unit].norm() for unit in member.units()]))
+    return magnitude_scores(weights)
+
+
+def _sliced(program: Program, group: ChannelGroup, kept: list[int]) -> State:
+    state: State = {}
+    for name, dims in _dimensions(group).items():
+        value = attribute_of(program, name).detach()
+        for dim, member in dims.items():
+            indices = torch.tensor(member.indices(kept), device=value.device)
+            value = value.index_select(dim, indices)
+        state[name] = value
+    return state
+
+
+def _dimensions(group: ChannelGroup) -> dict[str, dict[int, Any]]:
+    """Return parameter -> dimension -> one of the members that describe it."""
+    result: dict[str, dict[int, Any]] = {}
+    for member in group.members:
+        result.setdefault(member.parameter, {})[member.dim] = member
+    return result
+
+
+def _details(program: Program, group: ChannelGroup, kept: list[int]) -> dict[str, Any]:
+    """Return what replaying and undoing needs, as JSON values."""
+    slices = {
+        name: [
+            [dim, len(member.owners), format_ranges(member.indices(kept))]
+            for dim, member in sorted(dims.items())
+        ]
+        for name, dims in _dimensions(group).items()
+    }
+    attributes = {
+        module: {
+            attribute: [getattr(program.module(module), attribute), value]
+            for attribute, value in values.items()
+        }
+        for module, values in attributes_with(program, {group.axis: len(kept)}).items()
+    }
+    return {
+        "count": len(kept),
+        "kept": format_ranges(kept),
+        "slices": slices,
+        "attributes": attributes,
+    }
+
+
+def _candidate(program: Program, group: ChannelGroup, size: int) -> Candidate:
+    facts = facts_of(program)
+    nodes = dict.fromkeys(node for member in group.members for node in member.nodes)
+    before = facts.cost(node for node in nodes if node in facts.nodes)
+    saved = total_cost(program).flops - flops_with(program, {group.axis: size})
+    removed = {
+        name: (attribute_of(program, name), members) for name, members in _dimensions(group).items()
+    }
+    parameters = sum(
+        tensor.numel() - _numel_after(tensor, dims, range(size))
+        for tensor, dims in removed.values()
+        if isinstance(tensor, nn.Parameter)
+    )
+    width = before.size_bytes // max(before.parameters, 1)
+    after = Cost(
+        flops=before.flops - saved,
+        parameters=before.parameters - parameters,
+        size_bytes=before.size_bytes - parameters * width,
+    )
+    change = Change(
+        pass_name=PruneChannels.name,
+        target=_target(group).partition(" ")[0],
+        summary=f"{group.size} -> {size} {group.kind}",
+        details={"group": group.key, "count": size},
+    )
+    return Candidate(change=change, before=before, after=after)
+
+
+def _numel_after(tensor: torch.Tensor, dims: Mapping[int, Any], kept: range) -> int:
+    count = tensor.numel()
+    for dim, member in dims.items():
+        count = count // tensor.shape[dim] * len(member.indices(kept))
+    return count
+
+
+def _set_everywhere(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Set a tensor under all its names, so that tied weights stay tied."""
+    names = shared_names(model, name)
+    set_tensor(model, names[0], value)
+    parent, _, attribute = names[0].rpartition(".")
+    tensor = getattr(model.get_submodule(parent), attribute)
+    for other in names[1:]:
+        parent, _, attribute = other.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, tensor)

@@ -1,0 +1,114 @@
+"""Passes by name, and pipelines as text: `prune-channels{round_to=16},fuse-projections`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from .base import Pass
+from .compress.factorize_low_rank import FactorizeLowRank
+from .compress.prune_channels import PruneChannels
+from .errors import ConfigError
+from .exact.fold_batch_norm import FoldBatchNorm
+from .exact.fuse_projections import FuseProjections
+
+_PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (FoldBatchNorm, FuseProjections, PruneChannels, FactorizeLowRank)
+}
+
+
+def pass_names() -> tuple[str, ...]:
+    """Return the names of all passes."""
+    return tuple(sorted(_PASSES))
+
+
+def pass_class(name: str) -> type[Pass]:
+    """Return the class of a pass.
+
+    Raises:
+        ConfigError: if there is none of this name; near matches are listed.
+    """
+    if name not in _PASSES:
+        near = difflib.get_close_matches(name, _PASSES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(pass_names())}"
+        raise ConfigError(f"no pass is called {name!r}; {hint}")
+    return _PASSES[name]
+
+
+def pass_named(name: str, **options: Any) -> Pass:
+    """Return a pass with these options.
+
+    Raises:
+        ConfigError: if the name, an option or its type is unknown.
+    """
+    cls = pass_class(name)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for option, value in options.items():
+        if option not in fields:
+            known = ", ".join(sorted(fields)) or "none"
+            raise ConfigError(f"{name} has no option {option!r}; its options are: {known}")
+        default = fields[option].default
+        if default is not None and not isinstance(value, (type(default), int)):
+            raise ConfigError(
+                f"the option {option} of {name} must be {type(default).__name__}, got {value!r}"
+            )
+    return cls(**options)
+
+
+def options_of(step: Pass) -> dict[str, Any]:
+    """Return the options of a pass that differ from their defaults."""
+    return {
+        field.name: getattr(step, field.name)
+        for field in dataclasses.fields(step)  # type: ignore[arg-type]
+        if getattr(step, field.name) != field.default
+    }
+
+
+def format_pipeline(passes: Iterable[Pass]) -> str:
+    """Return passes as text; `parse_pipeline` reads it back."""
+    return ",".join(step.name + _format_options(options_of(step)) for step in passes)
+
+
+def parse_pipeline(text: str) -> tuple[Pass, ...]:
+    """Return the passes of a textual pipeline.
+
+    Raises:
+        ConfigError: if it is malformed or names an unknown pass or option.
+    """
+    steps = []
+    for part in _split(text):
+        name, brace, rest = part.partition("{")
+        if brace and not rest.endswith("}"):
+            raise ConfigError(f"the pipeline step {part!r} lacks its closing brace")
+        pairs = [pair for pair in rest.removesuffix("}").split(",") if pair.strip()]
+        if any("=" not in pair for pair in pairs):
+            raise ConfigError(f"the options in {part!r} must be name=value, separated by commas")
+        options = {key.strip(): yaml.safe_load(value) for key, value in (p.split("=") for p in pairs)}
+        steps.append(pass_named(name.strip(), **options))
+    return tuple(steps)
+
+
+def _format_options(options: Mapping[str, Any]) -> str:
+    if not options:
+        return ""
+    return "{" + ",".join(f"{name}={_plain(value)}" for name, value in options.items()) + "}"
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside braces."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]

@@ -1,0 +1,39 @@
+"""A program as it was: cheap to take, because changes replace tensors and never write to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from .program import Program
+
+
+class Snapshot:
+    """The modules' attribute tables and the graph of a program at one moment."""
+
+    def __init__(self, program: Program) -> None:
+        """Remember which objects are where; no tensor is copied."""
+        self._program = program
+        self._tables = [(module, _copied(module)) for module in program.model.modules()]
+        self._graph = fx.Graph()
+        result = self._graph.graph_copy(program.graph, mapping := {})
+        self._graph.output(result)
+        self._graph.output_node().meta = dict(program.result.meta)
+        for node, copy in mapping.items():
+            copy.meta = dict(node.meta)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, table in self._tables:
+            module.__dict__.clear()
+            module.__dict__.update(table)
+        self._program.graph = self._graph
+        self._program.changed()
+
+
+def _copied(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: type(value)(value) if type(value) is dict else value
+        for name, value in vars(module).items()
+    }

@@ -1,0 +1,244 @@
+"""What must hold after every change-set: structure, shapes, outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from .calls import expand_arguments
+from .errors import VerificationError
+from .program import Program, eager_forward, shape_of
+from .propagation import refresh
+from .structure import flatten
+
+_SLACK = 8
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a program does on its example in one mode.
+
+    Attributes:
+        outputs: The float outputs.
+        gradients: Gradients by parameter name, those that flow.
+        trained: Names of the parameters that want one.
+    """
+
+    outputs: tuple[torch.Tensor, ...]
+    gradients: dict[str, torch.Tensor]
+    trained: frozenset[str]
+
+
+class Verifier:
+    """Checks a program after each change-set against what it did before.
+
+    Exact changes must keep outputs and gradients, in training and evaluation mode, within a
+    rounding bound; approximate ones must keep every output finite and every gradient flowing.
+    In all cases the eager forward over the rewritten modules must give what the graph gives.
+    """
+
+    def __init__(self, program: Program, *, training: bool = True) -> None:
+        """Remember what the program does now.
+
+        Args:
+            program: The program before any change; on meta parameters only shapes are checked.
+            training: Whether gradients and the training mode are checked too.
+        """
+        self._program = program
+        self._numeric = not any(p.is_meta for p in program.model.parameters())
+        self._modes = [(True, True), (False, True)] if training else [(False, False)]
+        self._modes = [mode for mode in self._modes if mode in program.modes]
+        self._before = self._observe() if self._numeric else []
+
+    def check(self, pass_name: str, *, exact: bool) -> None:
+        """Check the program as it is now, and remember it as the new reference.
+
+        Args:
+            pass_name: The pass whose changes are checked; named in the error.
+            exact: Whether outputs and gradients must be unchanged.
+
+        Raises:
+            VerificationError: naming the pass and what differs.
+        """
+        _check_structure(self._program, pass_name)
+        refresh(self._program)
+        if not self._numeric:
+            return
+        after = self._observe()
+        bound = rounding_bound(self._program)
+        for (training, _), old, new in zip(self._modes, self._before, after, strict=True):
+            mode = "training" if training else "evaluation"
+            _check_finite(pass_name, mode, old, new)
+            if exact:
+                _check_equal(pass_name, mode, old, new, bound)
+        self._before = after
+
+    def eager_refusal(self) -> str | None:
+        """Return why the eager forward cannot run over the rewritten modules, None if it can."""
+        if not self._numeric:
+            return None
+        program = self._program
+        tensors = program.few_rows()
+        args, kwargs = expand_arguments(program.signature, program.inputs.rebuild(tensors))
+        with preserved(program.model), torch.no_grad():
+            program.model.eval()
+            try:
+                eager, _ = flatten(eager_forward(program.model)(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                return f"the original forward fails over the rewritten modules ({reason})"
+            graph = program.run(*tensors)
+            bound = rounding_bound(program)
+            for value, reference in zip(graph, eager, strict=True):
+                if value.shape != reference.shape or relative_error(value, reference) > bound:
+                    return "the original forward gives another result over the rewritten modules"
+        return None
+
+    def _observe(self) -> list[Observation]:
+        return [observe(self._program, training=t, gradients=g) for t, g in self._modes]
+
+
+def observe(program: Program, *, training: bool, gradients: bool) -> Observation:
+    """Run a program on a few rows of its example and return its outputs and, if asked, its gradients.
+
+    The loss is the mean square of all float outputs; random numbers are fixed; buffers, gradient
+    fields and modes are left as they were.
+    """
+    model = program.model
+    tensors = program.few_rows()
+    with preserved(model), torch.set_grad_enabled(gradients):
+        model.train(training)
+        outputs = [
+            value
+            for value in program.run(*tensors)
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        found: dict[str, torch.Tensor] = {}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if gradients and trained and any(value.requires_grad for value in outputs):
+            loss = torch.stack(
+                [value.double().square().mean() for value in outputs if value.requires_grad]
+            ).sum()
+            values = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            found = {
+                name: value
+                for name, value in zip(trained, values, strict=True)
+                if value is not None
+            }
+    return Observation(
+        tuple(value.detach() for value in outputs),
+        found,
+        frozenset(trained) if gradients else frozenset(),
+    )
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return ||value - reference|| / ||reference|| in float64; positions NaN in both are equal."""
+    if not reference.numel():
+        return 0.0
+    a, b = value.double(), reference.double()
+    both = torch.isnan(a) & torch.isnan(b)
+    a, b = a.masked_fill(both, 0), b.masked_fill(both, 0)
+    finite = torch.isfinite(b)
+    if not torch.equal(a[~finite], b[~finite]):
+        return float("inf")
+    norm = b[finite].norm().item()
+    difference = (a[finite] - b[finite]).norm().item()
+    return difference / norm if norm else difference
+
+
+def rounding_bound(program: Program) -> float:
+    """Return the relative error that reordered float sums can cause in this program.
+
+    Random-walk model: a sum of K terms errs by about eps sqrt(K); contractions in sequence add
+    their variances; `_SLACK` covers the growth through norms and activations.
+    """
+    terms, eps = 1, 0.0
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            eps = max(eps, torch.finfo(value.dtype).eps)
+            if node.op in ("call_module", "call_function") and value.dim():
+                terms += shape_of(node)[-1]
+    return _SLACK * eps * terms**0.5
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Fix random numbers; restore the generator, modes and buffers of a model at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def _check_structure(program: Program, pass_name: str) -> None:
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"{pass_name} left a malformed graph: {error}") from error
+    for node in program.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            _check_name(program.model, node, pass_name)
+
+
+def _check_name(model: nn.Module, node: fx.Node, pass_name: str) -> None:
+    parent, _, attribute = str(node.target).rpartition(".")
+    try:
+        found = hasattr(model.get_submodule(parent), attribute)
+    except AttributeError:
+        found = False
+    if not found:
+        raise VerificationError(f"{pass_name} left a use of {node.target!r}, which is gone")
+
+
+def _check_finite(pass_name: str, mode: str, old: Observation, new: Observation) -> None:
+    for index, (before, after) in enumerate(zip(old.outputs, new.outputs, strict=True)):
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise VerificationError(
+                f"{pass_name} changed output {index} in {mode} mode from {list(before.shape)} "
+                f"{before.dtype} to {list(after.shape)} {after.dtype}"
+            )
+        if torch.isfinite(before).all() and not torch.isfinite(after).all():
+            raise VerificationError(f"{pass_name} made output {index} not finite in {mode} mode")
+    for name, gradient in new.gradients.items():
+        if not torch.isfinite(gradient).all() and torch.isfinite(old.gradients.get(name, gradient)).all():
+            raise VerificationError(f"{pass_name} made the gradient of {name} not finite")
+    lost = [name for name in old.gradients if name in new.trained - new.gradients.keys()]
+    if lost:
+        raise VerificationError(f"{pass_name} cut the gradient of {lost[0]}")
+
+
+def _check_equal(
+    pass_name: str, mode: str, old: Observation, new: Observation, bound: float
+) -> None:
+    for index, (before, after) in enumerate(zip(old.outputs, new.outputs, strict=True)):
+        error = relative_error(after, before)
+        if not error <= bound:
+            raise VerificationError(
+                f"{pass_name} promises unchanged outputs, but output {index} changed by "
+                f"{error:.1e} in {mode} mode (rounding allows {bound:.1e})"
+            )
+    for name in old.gradients.keys() & new.gradients.keys():
+        before, after = old.gradients[name], new.gradients[name]
+        if before.shape == after.shape:
+            scale = max(before.norm().item(), 1e-30)
+            error = (after.double() - before.double()).norm().item() / scale
+            if not error <= bound * _SLACK:
+                raise VerificationError(
+                    f"{pass_name} promises unchanged gradients, but that of {name} changed by "
+                    f"{error:.1e} in {mode} mode"
+                )
