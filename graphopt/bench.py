@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ from graphopt.passes.calls import expand_arguments, signature_of
 from graphopt.passes.errors import CaptureError, ConfigError, ExportError, GraphoptError
 from graphopt.passes.facts import total_cost
 from graphopt.passes.structure import flatten, map_tensors, tensor_names
+from graphopt.passes.verifier import preserved
 
 from .bench_result import BenchResult, BenchRow
-from .capture import capture, preserved_modes
+from .capture import capture
 from .environment import environment
 from .export import export_onnx
 from .onnx_runtime import arguments_for, session
@@ -70,7 +72,7 @@ def bench(
     tensors, structure = flatten(arguments)
     notes: list[str] = []
     rows: list[BenchRow] = []
-    with _threads(threads), preserved_modes(models[0]), preserved_modes(models[1]):
+    with _threads(threads), preserved(models[0]), preserved(models[1]):
         for is_step in (False, True) if training else (False,):
             rows.append(_torch_row(models, arguments, repeats, place, is_step))
         if onnx:
@@ -111,8 +113,7 @@ def _torch_row(
     for index, precision in keys:
         models[index].train(is_step)
         calls.append(_with_precision(precision, run(models[index], arguments)))
-    with torch.random.fork_rng(), _kept_state(models):
-        times = dict(zip(keys, _turns(calls, repeats, device), strict=True))
+    times = dict(zip(keys, _turns(calls, repeats, device), strict=True))
     best = [
         min((key for key in keys if key[0] == index), key=lambda key: median(times[key]))
         for index in range(len(models))
@@ -140,7 +141,7 @@ def _onnx_row(models: Sequence[nn.Module], arguments: dict[str, Any], repeats: i
                 for key, tensor in zip(tensor_names(structure), tensors, strict=True)
                 if key in wanted
             }
-            calls.append(lambda runtime=runtime, feed=feed: runtime.run(None, feed))
+            calls.append(functools.partial(runtime.run, None, feed))
         try:
             times = _turns(calls, repeats, cpu)
         except Exception as error:
@@ -245,18 +246,6 @@ def _with_precision(precision: str, call: Call) -> Call:
             torch.set_float32_matmul_precision(before)
 
     return run
-
-
-@contextmanager
-def _kept_state(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Restore the buffers, which training steps change."""
-    kept = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .cli_options import (
     Batch,
     Budget,
     CalibrationFile,
+    CalibrationStore,
     Factory,
     Ignore,
     Json,
@@ -32,12 +33,11 @@ from .cli_options import (
     RecipeName,
     Source,
 )
-from .cli_terminal import activity, command, progress_bars, say, show, show_json
+from .cli_terminal import activity, command, progress_bar, say, show, show_json
 from .errors import ConfigError
 
 app = typer.Typer(
     name="graphopt",
-    help="An optimizing compiler for the cost of PyTorch models that already exist.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -51,17 +51,24 @@ def main() -> None:
     app()
 
 
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
-    ] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from . import __version__
 
         typer.echo(f"graphopt {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """An optimizing compiler for the cost of PyTorch models that already exist."""
 
 
 @command(
@@ -79,6 +86,7 @@ def optimize(
     recipe: RecipeName = "train",
     budget: Budget = None,
     calibration: CalibrationFile = None,
+    calibration_store: CalibrationStore = None,
     ignore: Ignore = None,
     keep: Keep = None,
     dry_run: Annotated[
@@ -105,7 +113,7 @@ def optimize(
 
     opened = open_model(source, factory)
     inputs = example_inputs(opened, batch, length)
-    with progress_bars() as progress:
+    with progress_bar() as progress:
         model = optimize_model(
             opened.model,
             inputs,
@@ -113,6 +121,7 @@ def optimize(
             inplace=True,
             measure=not no_measure,
             cost_cache=_cost_cache(),
+            calibration_store=calibration_store,
             tokenizer=opened.directory,
             progress=progress,
         )
@@ -253,7 +262,7 @@ def _show_plan(
         raise ConfigError("calibration needs weights, and this plan has shapes only")
     opened = open_model(source, factory, meta=meta)
     inputs = example_inputs(opened, batch, length)
-    with progress_bars() as progress:
+    with progress_bar() as progress:
         made = plan_of(
             opened.model,
             inputs,
@@ -276,3 +285,7 @@ def _cost_cache() -> Path:
 
 
 app.add_typer(cli_results.app)
+
+
+if __name__ == "__main__":
+    main()

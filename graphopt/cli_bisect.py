@@ -77,9 +77,9 @@ def first_bad_change(
         assert installation is not None
         made[count] = installation.plan.changes
         actual = observe(installation.program, training=False, gradients=False).outputs
-        error = max(map(relative_error, actual, expected), default=0.0)
-        problems[count] = f"the relative error of the outputs becomes {error:.3g}"
-        return error <= max_error
+        difference = max(map(relative_error, actual, expected), default=0.0)
+        problems[count] = f"the relative error of the outputs becomes {difference:.3g}"
+        return difference <= max_error
 
     proposed = plan(model, inputs, **options).changes
     number = bisect(is_good, len(proposed))

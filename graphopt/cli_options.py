@@ -42,6 +42,12 @@ CalibrationFile = Annotated[
         help='Real inputs: .npz, .safetensors, or .jsonl rows of {"text": ...}.',
     ),
 ]
+CalibrationStore = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Keep finished statistics here; a run that was stopped goes on."
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Leave this alone: a name, or re:REGEX. Repeatable."),

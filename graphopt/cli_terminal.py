@@ -95,8 +95,8 @@ def activity(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yield what `graphopt.optimize` takes as `progress`: bars on stderr, None if nobody looks."""
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield what `graphopt.optimize` takes as `progress`: a bar on stderr, None if nobody looks."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -108,12 +108,10 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        tasks: dict[str, Any] = {}
+        task = progress.add_task("", total=None)
 
         def advance(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total)
-            progress.update(tasks[label], completed=done, total=total)
+            progress.update(task, description=label, completed=done, total=total)
 
         yield advance
 
