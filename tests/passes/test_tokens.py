@@ -120,21 +120,19 @@ class _Block(nn.Module):
         self.parallel = parallel
         self.norm = nn.LayerNorm(8)
         self.attention = nn.MultiheadAttention(8, 2)
-        self.hidden, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.hidden, self.out, self.extra = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
 
     def forward(self, stream: Tensor) -> Tensor:
         normed = self.norm(stream)
         mixed = self.attention(normed, normed, normed, need_weights=False)[0]
         if self.parallel:
-            result: Tensor = stream + mixed + self._feed_forward(normed)
+            result: Tensor = stream + mixed + self._feed_forward(normed) + self.extra(normed)
             return result
         stream = stream + mixed
         return stream + self._feed_forward(self.norm(stream))
 
     def _feed_forward(self, value: Tensor) -> Tensor:
-        hidden = self.hidden(value)
-        hidden = hidden + 0.1 * hidden**3  # not residual: no layer in between
-        result: Tensor = self.out(hidden)
+        result: Tensor = self.out(self.hidden(value).relu())
         return result
 
 
@@ -151,6 +149,16 @@ def test_sequence_first_is_told_from_batch_by_attention() -> None:
     assert len(chain.regions) == 4
     assert chain.tokens is not None
     assert (chain.tokens.dims, chain.tokens.size, chain.batch_dims) == ((0,), 6, (1,))
+
+
+class _Cubic(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return value + 0.1 * value**3
+
+
+def test_activation_with_an_add_is_no_region() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), _Cubic(), nn.Linear(16, 8))
+    assert residual_stream(capture(model, torch.randn(2, 4, 8))).chains == ()
 
 
 class _Adapted(nn.Module):
