@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ from torch import nn
 
 from graphopt.passes.base import Context, Pass, parse_share
 from graphopt.passes.calibration import Calibration
+from graphopt.passes.calls import signature_of
 from graphopt.passes.costs import Costs
-from graphopt.passes.errors import ConfigError
+from graphopt.passes.errors import CaptureError, ConfigError
 from graphopt.passes.manager import PassManager
-from graphopt.passes.plan import Plan
+from graphopt.passes.plan import CostRecord, Plan, Totals
 from graphopt.passes.program import Program
 from graphopt.passes.verifier import Verifier
 
-from .capture import capture
+from .capture import call_arguments, capture
 from .datasets import open_batches
+from .parts import PartBatches, capture_parts
 from .recipes import Recipe, load_recipe
-from .runtime import install, installation_of
+from .runtime import install, install_parts, installation_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,25 +73,24 @@ def optimize(
     Raises:
         GraphoptError: any error a user can cause, with a sentence that says what to do.
     """
-    target = model if inplace else _copied(model)
-    run = _prepare(
-        target,
-        example_inputs,
-        recipe=recipe,
-        budget=budget,
+    job = _Job(
+        recipe=_resolved(load_recipe(recipe), budget, ignore, keep),
         calibration=calibration,
-        ignore=ignore,
-        keep=keep,
-        limit=limit,
+        calibration_store=None if calibration_store is None else Path(calibration_store),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
         costs=Costs(None if cost_cache is None else Path(cost_cache)) if measure else None,
-        calibration_store=calibration_store,
-        tokenizer=tokenizer,
+        limit=limit,
         progress=progress,
     )
-    program, manager, resolved = run
-    plan_made = manager.run(program)
+    _refuse_optimized(model)
+    target = model if inplace else _copied(model)
+    try:
+        program = capture(target, example_inputs)
+    except CaptureError as error:
+        return _optimize_parts(target, example_inputs, job, str(error))
+    made = job.manager(program, job.batches(target)).run(program)
     refusal = Verifier(program, training=False).eager_refusal()
-    return install(program, _finished(plan_made, resolved), eager_refusal=refusal)
+    return install(program, _finished(made, job.recipe), eager_refusal=refusal)
 
 
 def plan(
@@ -113,56 +115,121 @@ def plan(
     Raises:
         GraphoptError: as `optimize`.
     """
-    program, manager, resolved = _prepare(
-        model,
-        example_inputs,
-        recipe=recipe,
-        budget=budget,
+    job = _Job(
+        recipe=_resolved(load_recipe(recipe), budget, ignore, keep),
         calibration=calibration,
-        ignore=ignore,
-        keep=keep,
-        limit=limit,
-        costs=Costs(None if cost_cache is None else Path(cost_cache)) if measure else None,
         calibration_store=None,
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        costs=Costs(None if cost_cache is None else Path(cost_cache)) if measure else None,
+        limit=limit,
         progress=progress,
     )
-    return _finished(manager.propose(program), resolved)
+    _refuse_optimized(model)
+    try:
+        program = capture(model, example_inputs)
+    except CaptureError as error:
+        return _plan_parts(model, example_inputs, job, str(error))
+    made = job.manager(program, job.batches(model)).propose(program)
+    return _finished(made, job.recipe)
 
 
-def _prepare(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    recipe: str | Path | Recipe | Sequence[str | Pass],
-    budget: float | str | None,
-    calibration: Any,
-    ignore: Sequence[str],
-    keep: Mapping[str, float | str] | None,
-    limit: int | None,
-    costs: Costs | None,
-    calibration_store: str | Path | None,
-    tokenizer: str | Path | None,
-    progress: Progress | None,
-) -> tuple[Program, PassManager, Recipe]:
-    if installation_of(model) is not None:
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What was asked for, resolved."""
+
+    recipe: Recipe
+    calibration: Any
+    calibration_store: Path | None
+    tokenizer: Path | None
+    costs: Costs | None
+    limit: int | None
+    progress: Progress | None
+
+    def batches(self, model: nn.Module) -> Iterable[dict[str, Any]] | None:
+        """Return the calibration batches as arguments of the model's forward."""
+        if self.calibration is None:
+            return None
+        return open_batches(
+            self.calibration,
+            model_arguments=tuple(signature_of(model).parameters),
+            tokenizer_dir=self.tokenizer,
+        )
+
+    def manager(
+        self, program: Program, batches: Iterable[dict[str, Any]] | None
+    ) -> PassManager:
+        """Return the pipeline for a program."""
+        calibration = None
+        if batches is not None:
+            calibration = Calibration(
+                batches, store=self.calibration_store, progress=self.progress
+            )
+        context = Context(
+            budget=self.recipe.budget,
+            training=self.recipe.training,
+            ignore=self.recipe.ignore,
+            keep=self.recipe.keep,
+            calibration=calibration,
+            costs=self.costs,
+        )
+        return PassManager(
+            passes=self.recipe.build_passes(),
+            context=context,
+            limit=self.limit,
+            progress=self.progress,
+        )
+
+
+def _optimize_parts(model: nn.Module, example: Any, job: _Job, reason: str) -> nn.Module:
+    """Optimize the parts that can be captured; the model around them runs as it is."""
+    batches = job.batches(model)
+    plans: dict[str, Plan] = {}
+    for part in capture_parts(model, call_arguments(model, example)):
+        inner = None if batches is None else PartBatches(model, part.name, batches)
+        plans[part.name] = job.manager(part.program, inner).run(part.program)
+        install(part.program, plans[part.name])
+    return install_parts(model, _finished(_whole(model, plans, reason), job.recipe))
+
+
+def _plan_parts(model: nn.Module, example: Any, job: _Job, reason: str) -> Plan:
+    batches = job.batches(model)
+    plans: dict[str, Plan] = {}
+    for part in capture_parts(model, call_arguments(model, example)):
+        inner = None if batches is None else PartBatches(model, part.name, batches)
+        plans[part.name] = job.manager(part.program, inner).propose(part.program)
+    return _finished(_whole(model, plans, reason), job.recipe)
+
+
+def _whole(model: nn.Module, parts: dict[str, Plan], reason: str) -> Plan:
+    """Return the plan of a model of which only parts could be captured."""
+    if not parts:
+        raise CaptureError(f"{reason}; none of its submodules can be captured either")
+    names = ", ".join(parts)
+    totals = [plan.totals for plan in parts.values() if plan.totals is not None]
+    return Plan(
+        model_class=type(model).__name__,
+        notes=(f"only parts are optimized ({names}), because {reason}",),
+        parts=parts,
+        totals=Totals(
+            before=_sum([total.before for total in totals]),
+            after=_sum([total.after for total in totals]),
+        ),
+    )
+
+
+def _sum(costs: Sequence[CostRecord]) -> CostRecord:
+    return CostRecord(
+        flops=sum(cost.flops for cost in costs),
+        size_bytes=sum(cost.size_bytes for cost in costs),
+        parameters=sum(cost.parameters for cost in costs),
+    )
+
+
+def _refuse_optimized(model: nn.Module) -> None:
+    if any(installation_of(module) is not None for module in model.modules()):
         raise ConfigError(
             "this model is already optimized; optimize the dense one, or densify this one first"
         )
-    resolved = _resolved(load_recipe(recipe), budget, ignore, keep)
-    program = capture(model, example_inputs)
-    context = Context(
-        budget=resolved.budget,
-        training=resolved.training,
-        ignore=tuple(resolved.ignore),
-        keep=dict(resolved.keep),
-        calibration=_calibration(program, calibration, calibration_store, tokenizer, progress),
-        costs=costs,
-    )
-    manager = PassManager(
-        passes=resolved.build_passes(), context=context, limit=limit, progress=progress
-    )
-    return program, manager, resolved
 
 
 def _resolved(
@@ -184,23 +251,6 @@ def _resolved(
             "keep": {**recipe.keep, **shares},
         }
     )
-
-
-def _calibration(
-    program: Program,
-    source: Any,
-    store: str | Path | None,
-    tokenizer: str | Path | None,
-    progress: Progress | None,
-) -> Calibration | None:
-    if source is None:
-        return None
-    batches = open_batches(
-        source,
-        model_arguments=tuple(program.signature.parameters),
-        tokenizer_dir=None if tokenizer is None else Path(tokenizer),
-    )
-    return Calibration(batches, store=None if store is None else Path(store), progress=progress)
 
 
 def _finished(made: Plan, recipe: Recipe) -> Plan:

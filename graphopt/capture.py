@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphopt.passes.calls import (
     canonical_arguments,
@@ -46,10 +46,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         InputError: if the inputs do not fit or cannot be inferred.
         CaptureError: if the model cannot be traced, with the reason.
     """
-    if example_inputs is None:
-        arguments = canonical_arguments(signature_of(model), (), infer_inputs(model))
-    else:
-        arguments = example_arguments(model, example_inputs)
+    arguments = call_arguments(model, example_inputs)
     with preserved(model):
         program = _trace_program(model, _with_two_rows(arguments))
         if not any(p.is_meta for p in model.parameters()):
@@ -57,29 +54,49 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     return program
 
 
+def call_arguments(model: nn.Module, example_inputs: Any = None) -> dict[str, Any]:
+    """Return canonical arguments for example inputs, inferred where there are none.
+
+    Raises:
+        InputError: if the inputs do not fit or cannot be inferred.
+    """
+    if example_inputs is None:
+        return canonical_arguments(signature_of(model), (), infer_inputs(model))
+    return example_arguments(model, example_inputs)
+
+
 def _trace_program(model: nn.Module, arguments: dict[str, Any]) -> Program:
-    notes: list[str] = []
-    result: Trace
-    try:
-        model.train()
-        result = trace(model, arguments)
-    except CaptureError as error:
-        model.eval()
-        try:
-            result = trace(model, arguments)
-        except CaptureError:
-            raise error from error.__cause__
-        notes.append(f"traced in evaluation mode, because in training mode {error}")
-    notes.extend(result.static)
+    result, notes = _trace(model, arguments)
     return Program(
         model,
         lift(result, model),
         inputs=flatten(arguments)[1],
         outputs=result.outputs,
         example=arguments,
-        notes=tuple(notes),
+        notes=(*notes, *result.static),
         ranges=result.ranges,
     )
+
+
+def _trace(model: nn.Module, arguments: dict[str, Any]) -> tuple[Trace, list[str]]:
+    """Trace in training mode, else in evaluation mode, else what `symbolic_trace` sees."""
+    model.train()
+    try:
+        return trace(model, arguments), []
+    except CaptureError as error:
+        reason = error
+    model.eval()
+    try:
+        return trace(model, arguments), [
+            f"traced in evaluation mode, because in training mode {reason}"
+        ]
+    except CaptureError:
+        model.train()
+    try:
+        symbolic = fx.symbolic_trace(model)
+        return trace(symbolic, arguments), [f"traced symbolically first, because {reason}"]
+    except Exception:  # noqa: BLE001 - symbolic_trace raises any type; the first reason counts
+        raise reason from reason.__cause__
 
 
 def _with_two_rows(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -32,13 +32,14 @@ class Installation:
     """What an optimized model's class knows.
 
     Attributes:
-        program: The program; only its call structure is used at run time.
+        program: The program; only its call structure is used at run time. None for a model of
+            which only parts could be captured.
         plan: The plan that made it.
         code: The generated Python.
         eager_refusal: Why the eager forward must not run, None if it may.
     """
 
-    program: Program
+    program: Program | None
     plan: Plan
     code: str
     eager_refusal: str | None = None
@@ -65,6 +66,13 @@ def install(program: Program, plan: Plan, *, eager_refusal: str | None = None) -
         block.__class__ = _block_class(type(block), functions)
     installation = Installation(program, plan, emission.code, eager_refusal)
     model.__class__ = _model_class(type(model), program, emission.root, installation)
+    return model
+
+
+def install_parts(model: nn.Module, plan: Plan) -> nn.Module:
+    """Remember the plan on a model whose parts were installed one by one; it runs as before."""
+    installation = Installation(None, plan, "")
+    model.__class__ = _subclass(type(model), {"_graphopt_installation": installation})
     return model
 
 

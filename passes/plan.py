@@ -95,6 +95,7 @@ class Plan(_Record):
         misses: Everything left alone, with reasons.
         totals: Cost of the whole model.
         notes: What capture and the manager want a user to know.
+        parts: Where the model could not be captured as a whole: the plans of its parts, by name.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -110,6 +111,7 @@ class Plan(_Record):
     misses: tuple[MissRecord, ...] = ()
     totals: Totals | None = None
     notes: tuple[str, ...] = ()
+    parts: dict[str, Plan] = Field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the plan as indented JSON."""
