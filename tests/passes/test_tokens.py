@@ -152,13 +152,18 @@ def test_sequence_first_is_told_from_batch_by_attention() -> None:
 
 
 class _Cubic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+
     def forward(self, value: Tensor) -> Tensor:
-        return value + 0.1 * value**3
+        hidden = self.hidden(value)
+        result: Tensor = self.out(hidden + 0.1 * hidden**3)
+        return result
 
 
 def test_activation_with_an_add_is_no_region() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), _Cubic(), nn.Linear(16, 8))
-    assert residual_stream(capture(model, torch.randn(2, 4, 8))).chains == ()
+    assert residual_stream(capture(_Cubic(), torch.randn(2, 4, 8))).chains == ()
 
 
 class _Adapted(nn.Module):
