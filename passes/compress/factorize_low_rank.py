@@ -1,0 +1,360 @@
+"""Linear layers as two thin ones.
+
+before: y = W x + b
+after:  y = up (down x) + b',  rank r < in * out / (in + out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import fx, nn
+
+from graphopt.kernels import LowRankLinear
+from graphopt.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    Cost,
+    Miss,
+    Pass,
+    Proposal,
+    State,
+    replace_module,
+)
+from graphopt.passes.details import Details, read_details
+from graphopt.passes.errors import PlanError, PreconditionError
+from graphopt.passes.facts import facts_of, total_cost
+from graphopt.passes.least_squares import Factors, factorize_whitened
+from graphopt.passes.program import Program, shape_of
+from graphopt.passes.replaceability import replacement_refusal
+from graphopt.passes.structure import Container, Leaf, Structure
+
+_STEPS = 1024
+
+
+class _Factorization(Details):
+    """What `apply` and `restore` need."""
+
+    rank: int = Field(ge=1)
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    bias: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FactorizeLowRank(Pass):
+    """Replace linear layers by two factors where these need fewer operations.
+
+    With calibration data the outputs are approximated best (whitened SVD on the inputs as they
+    are now, SVD-LLM, arXiv 2403.07378), without it the weights (SVD). Output heads and tied
+    layers stay dense. Where times are measured, only factors that are faster are kept.
+    Cost: one SVD per layer, and with calibration one pass over its data per layer.
+
+    Attributes:
+        share: Share of a layer's operations to keep where the context has no budget.
+        round_to: Ranks are a multiple of this.
+    """
+
+    name: ClassVar[str] = "factorize-low-rank"
+    exact: ClassVar[bool] = False
+
+    share: float = 0.5
+    round_to: int = 8
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Refuse options that no model can satisfy."""
+        if not 0 < self.share <= 1 or self.round_to < 1:
+            raise PreconditionError(
+                f"{self.name} needs 0 < share <= 1 and round_to >= 1, got share={self.share}, "
+                f"round_to={self.round_to}"
+            )
+
+    def propose(self, program: Program, context: Context) -> Proposal:
+        """Propose the same share of operations for every layer that can be factorized."""
+        candidates: list[Candidate] = []
+        misses: list[Miss] = []
+        heads = _heads(program)
+        layers: dict[str, nn.Linear] = {}
+        for node, layer in program.leaf_calls(nn.Linear):
+            name = str(node.target)
+            if type(layer) is not nn.Linear or name in layers:
+                continue
+            reason = self._refusal(program, context, name, layer, heads)
+            if reason is None:
+                layers[name] = layer
+            else:
+                misses.append(self._miss(name, reason))
+        for name, rank in self._ranks(program, context, layers).items():
+            if rank is None:
+                misses.append(self._miss(name, "all of it fits the budget"))
+                continue
+            candidate = self._candidate(program, name, layers[name], rank)
+            if context.costs is not None:
+                candidate, reason = _measured(program, candidate, context)
+                if reason is not None:
+                    misses.append(self._miss(name, reason))
+                    continue
+            candidates.append(candidate)
+        unique = dict.fromkeys(misses)
+        return Proposal(candidates=tuple(candidates), misses=tuple(unique))
+
+    def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
+        """Predict the error on the calibration data as it reaches the layer now."""
+        if context.calibration is None:
+            return candidate
+        factors = _factors(program, candidate.change, context)
+        return replace(candidate, predicted_error=factors.relative_error**0.5)
+
+    def transfer(self, program: Program, change: Change, context: Context) -> State:
+        """Return both factors and the bias."""
+        factors = _factors(program, change, context)
+        _, layer = _checked(program, change)
+        name, dtype = change.target, layer.weight.dtype
+        state = {f"{name}.down": factors.down.to(dtype), f"{name}.up": factors.up.to(dtype)}
+        if layer.bias is not None:
+            state[f"{name}.bias"] = factors.bias.to(layer.bias.dtype)
+        return state
+
+    def apply(self, program: Program, change: Change) -> None:
+        """Put the two thin layers in the place of the dense one."""
+        details, layer = _checked(program, change)
+        weight = layer.weight
+        factors = LowRankLinear(
+            details.in_features,
+            details.out_features,
+            details.rank,
+            details.bias,
+            device="meta",
+            dtype=weight.dtype,
+        ).to_empty(device=weight.device)
+        for parameter in (factors.down, factors.up):
+            parameter.requires_grad_(weight.requires_grad)
+        if factors.bias is not None:
+            factors.bias.requires_grad_(layer.bias.requires_grad)
+        replace_module(program.model, change.target, factors.train(layer.training))
+        for node in program.calls(change.target):
+            node.meta.pop("body", None)
+        program.changed()
+
+    def restore(self, model: nn.Module, change: Change) -> None:
+        """Put a dense layer back whose weight is the product of the factors."""
+        details = read_details(_Factorization, change)
+        factors = model.get_submodule(change.target)
+        if not isinstance(factors, LowRankLinear):
+            raise PlanError(f"{change.target} is not the factorized layer that the plan describes")
+        layer = nn.Linear(
+            details.in_features, details.out_features, details.bias, device="meta"
+        ).train(factors.training)
+        product = factors.up.detach().double() @ factors.down.detach().double()
+        layer.weight = nn.Parameter(
+            product.to(factors.up.dtype), requires_grad=factors.up.requires_grad
+        )
+        if factors.bias is not None:
+            layer.bias = factors.bias
+        replace_module(model, change.target, layer)
+
+    def _miss(self, target: str, reason: str) -> Miss:
+        return Miss(pass_name=self.name, target=target, reason=reason)
+
+    def _refusal(
+        self,
+        program: Program,
+        context: Context,
+        name: str,
+        layer: nn.Linear,
+        heads: frozenset[str],
+    ) -> str | None:
+        pattern = context.ignored_by(name)
+        if pattern is not None:
+            return f"ignored by the pattern {pattern!r}"
+        if name in heads:
+            return "its output is a result of the model, and output heads stay dense"
+        if self.round_to >= _full_rank(layer):
+            return (
+                f"rank {self.round_to} needs no fewer operations than "
+                f"{layer.in_features} -> {layer.out_features} has"
+            )
+        return replacement_refusal(program, name, once=False)
+
+    def _ranks(
+        self, program: Program, context: Context, layers: Mapping[str, nn.Linear]
+    ) -> dict[str, int | None]:
+        """Return the rank of every layer at the largest share that meets the budget."""
+        facts, total = facts_of(program), total_cost(program).flops
+        flops = {name: facts.cost(program.calls(name)).flops for name in layers}
+
+        def ranks(share: float) -> dict[str, int | None]:
+            return {
+                name: self._rank(layer, context.kept_share(share, name))
+                for name, layer in layers.items()
+            }
+
+        def saved(share: float) -> float:
+            return sum(
+                flops[name] * (1 - rank / _full_rank(layers[name]))
+                for name, rank in ranks(share).items()
+                if rank is not None
+            )
+
+        if context.budget is None:
+            return ranks(self.share)
+        wanted = (1 - context.budget) * total
+        low, high = 1, _STEPS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if saved(middle / _STEPS) >= wanted else (low, middle - 1)
+        return ranks(low / _STEPS)
+
+    def _rank(self, layer: nn.Linear, share: float) -> int | None:
+        """Return the largest rank within a share of the operations, None for all of them."""
+        if share == 1:
+            return None
+        rank = int(_full_rank(layer) * share + 1e-9) // self.round_to * self.round_to
+        return max(rank, self.round_to)
+
+    def _candidate(self, program: Program, name: str, layer: nn.Linear, rank: int) -> Candidate:
+        before = facts_of(program).cost(program.calls(name))
+        details = _Factorization(
+            rank=rank,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bias=layer.bias is not None,
+        )
+        removed = layer.weight.numel() - rank * (layer.in_features + layer.out_features)
+        return Candidate(
+            change=Change(
+                pass_name=self.name,
+                target=name,
+                summary=f"{layer.in_features} -> {layer.out_features} at rank {rank}",
+                details=details.model_dump(),
+            ),
+            before=before,
+            after=Cost(
+                flops=round(before.flops * rank / _full_rank(layer)),
+                size_bytes=before.size_bytes - removed * layer.weight.element_size(),
+                parameters=before.parameters - removed,
+            ),
+        )
+
+
+def _measured(
+    program: Program, candidate: Candidate, context: Context
+) -> tuple[Candidate, str | None]:
+    """Return the candidate with its times, and why it is refused, None if it is faster."""
+    assert context.costs is not None
+    details, layer = _checked(program, candidate.change)
+    factors = LowRankLinear(
+        details.in_features,
+        details.out_features,
+        details.rank,
+        details.bias,
+        device="meta",
+        dtype=layer.weight.dtype,
+    ).requires_grad_(layer.weight.requires_grad)
+    source = program.calls(candidate.change.target)[0].all_input_nodes[0]
+    times = context.costs.compare_modules(
+        layer, factors, shape_of(source), source.meta["val"].dtype, training=context.training
+    )
+    timed = replace(
+        candidate,
+        before=replace(candidate.before, latency_ms=times.dense_ms),
+        after=replace(candidate.after, latency_ms=times.candidate_ms),
+    )
+    if times.ratio > 1:
+        return timed, None
+    return timed, f"rank {details.rank} measured {times.ratio:.2f}x, kept dense"
+
+
+def _factors(program: Program, change: Change, context: Context) -> Factors:
+    """Return the best factors of a layer for its inputs, or for its weight without data."""
+    details, layer = _checked(program, change)
+    weight, bias = layer.weight.detach(), layer.bias
+    if context.calibration is not None:
+        nodes = [(node.all_input_nodes[0], -1) for node in program.calls(change.target)]
+        statistics = context.calibration.statistics(program, list(dict.fromkeys(nodes)))
+        if bias is None:
+            statistics = statistics.uncentered()
+        return factorize_whitened(statistics, weight, bias, details.rank)
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    energy = values.square()
+    root = values[: details.rank].sqrt()
+    return Factors(
+        down=root[:, None] * right[: details.rank],
+        up=left[:, : details.rank] * root,
+        bias=weight.new_zeros(details.out_features).double() if bias is None else bias.detach(),
+        relative_error=(energy[details.rank :].sum() / energy.sum()).item(),
+    )
+
+
+def _full_rank(layer: nn.Linear) -> float:
+    """Return the rank at which the factors need as many operations as the layer."""
+    return layer.weight.numel() / (layer.in_features + layer.out_features)
+
+
+def _heads(program: Program) -> frozenset[str]:
+    """Return the modules whose output becomes a result without meeting another tensor.
+
+    A tensor held by a plain object (a key/value cache) is state, not a result.
+    """
+    results = program.result.args[0]
+    assert isinstance(results, (tuple, list))
+    waiting = [results[index] for index in _plain_leaves(program.outputs)]
+    heads: set[str] = set()
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if node.op == "call_module":
+            heads.add(str(node.target))
+        if len(tensors) == 1 and not _has_parameters(program, node):
+            waiting.extend(tensors)
+    return frozenset(heads)
+
+
+def _plain_leaves(structure: Structure) -> Iterable[int]:
+    """Yield the indices of the tensors that no plain object holds."""
+    if isinstance(structure, Leaf):
+        yield structure.index
+    elif isinstance(structure, Container):
+        for child in structure.children:
+            yield from _plain_leaves(child)
+
+
+def _has_parameters(program: Program, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return next(program.module(str(node.target)).parameters(), None) is not None
+
+
+def _checked(program: Program, change: Change) -> tuple[_Factorization, nn.Linear]:
+    """Return the checked details and the layer of a change.
+
+    Raises:
+        PlanError: if they do not fit each other.
+    """
+    details = read_details(_Factorization, change)
+    layer = program.module(change.target)
+    if type(layer) is not nn.Linear or (
+        details.in_features,
+        details.out_features,
+        details.bias,
+    ) != (layer.in_features, layer.out_features, layer.bias is not None):
+        raise PlanError(
+            f"{change.target} must be a linear layer {details.in_features} -> "
+            f"{details.out_features} to be factorized, it is {layer}; "
+            "is this plan for another model?"
+        )
+    if details.rank >= _full_rank(layer):
+        raise PlanError(
+            f"{change.target} at rank {details.rank} would need no fewer operations than dense"
+        )
+    return details, layer
