@@ -98,7 +98,7 @@ class FoldBatchNorm(Pass):
         assert isinstance(norm, _BatchNorm)
         details = _Fold(
             layer=layer_name,
-            operator=_producer(source) or "",
+            operator=_producer(program, source) or "",
             had_bias=layer.bias is not None,
             kind=_kind(norm),
             features=norm.num_features,
@@ -200,7 +200,7 @@ def _refusal(program: Program, context: Context, target: str) -> str | None:
     assert isinstance(norm, _BatchNorm)
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    operator = _producer(source)
+    operator = _producer(program, source)
     layer_name = str(source.target) if operator else target
     pattern = context.ignored_by(target, layer_name)
     if pattern is not None:
@@ -227,14 +227,14 @@ def _refusal(program: Program, context: Context, target: str) -> str | None:
     return replacement_refusal(program, layer_name)
 
 
-def _producer(node: fx.Node) -> str | None:
+def _producer(program: Program, node: fx.Node) -> str | None:
     """Return the operator of a layer call that ends in `W x + b` on its own parameters."""
     last = _last_operation(node)
     if last is None or operator_name(last) not in _PRODUCERS:
         return None
-    weight, bias = (arguments_of(last)[name] for name in ("weight", "bias"))
-    own = _reads(weight, f"{node.target}.weight") and (
-        bias is None or _reads(bias, f"{node.target}.bias")
+    layer, arguments = program.module(str(node.target)), arguments_of(last)
+    own = all(
+        _read(program, arguments[name]) is getattr(layer, name, None) for name in ("weight", "bias")
     )
     return operator_name(last) if own else None
 
@@ -253,8 +253,12 @@ def _last_operation(node: fx.Node) -> fx.Node | None:
     return result if isinstance(result, fx.Node) and result.op == "call_function" else None
 
 
-def _reads(node: object, name: str) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name
+def _read(program: Program, node: object) -> object:
+    """Return the parameter that a node of a leaf's body reads, None if it reads none."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    parent, _, attribute = str(node.target).rpartition(".")
+    return getattr(program.module(parent), attribute)
 
 
 def _kind(norm: nn.Module) -> str:
