@@ -106,7 +106,7 @@ def optimize(
         return
     if output is None:
         raise typer.BadParameter("pass -o/--output DST, or --dry-run to only see the plan")
-    check_output(output, source)
+    check_output(output, source, replaceable=True)
     from .api import optimize as optimize_model
     from .checkpoint import save
     from .report import report as report_of
@@ -126,9 +126,11 @@ def optimize(
             progress=progress,
         )
     with activity(f"Writing {output}"):
-        save(model, output, source=opened.directory)
-    show(report_of(model), as_json=as_json)
-    if not as_json:
+        save(model, output, factory=factory)
+    if as_json:
+        show_json({"path": str(output), **report_of(model).to_json()})
+    else:
+        show(report_of(model), as_json=False)
         typer.echo(f"written to {output}")
 
 
@@ -163,16 +165,16 @@ def densify(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to write.")
     ],
+    factory: Factory = None,
     as_json: Json = False,
 ) -> None:
     """Write an ordinary dense checkpoint of an optimized model, where that is possible."""
-    from .checkpoint import densify as densify_model
     from .checkpoint import save_dense
 
-    check_output(output, optimized)
-    opened = open_model(optimized)
+    check_output(output, optimized, replaceable=False)
+    opened = open_model(optimized, factory)
     with activity(f"Writing {output}"):
-        save_dense(densify_model(opened.model), output, source=opened.directory)
+        save_dense(opened.model, output)
     if as_json:
         show_json({"path": str(output)})
     else:

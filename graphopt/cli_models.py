@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ class OpenModel:
     Attributes:
         model: The model, in evaluation mode.
         directory: The folder with its configuration and tokenizer, None if there is none.
-        on_meta: Whether it has shapes only.
+        example: Inputs that came with it, None if it has none.
     """
 
     model: nn.Module
-    directory: Path | None
-    on_meta: bool
+    directory: Path | None = None
+    example: dict[str, Any] | None = None
 
 
 def open_model(path: Path, factory: str | None = None, *, meta: bool = False) -> OpenModel:
@@ -37,7 +38,7 @@ def open_model(path: Path, factory: str | None = None, *, meta: bool = False) ->
 
     Args:
         path: A Hugging Face directory, a `.pt2` file, weights, or a folder with a `plan.json`.
-        factory: `package.module:function` that makes the model of plain weights.
+        factory: `package.module:function` that makes the dense model, where files alone do not.
         meta: Build it on the meta device, without reading weights.
 
     Raises:
@@ -48,6 +49,8 @@ def open_model(path: Path, factory: str | None = None, *, meta: bool = False) ->
 
 
 def _read(path: Path, factory: str | None, meta: bool) -> OpenModel:
+    if factory is not None:
+        sys.path.append(str(Path.cwd()))  # where users keep their modules; libraries come first
     if not path.exists():
         raise CheckpointError(
             f"there is nothing at {path}; expected a Hugging Face directory, a .pt2 file, "
@@ -55,12 +58,15 @@ def _read(path: Path, factory: str | None, meta: bool) -> OpenModel:
         )
     if (path / PLAN_FILE).exists():
         from .checkpoint import load
+        from .runtime import installation_of
 
-        return OpenModel(load(path), path, on_meta=False)
+        model = load(path, base=factory)
+        installation = installation_of(model)
+        return OpenModel(model, path, installation and installation.program.example)
     from .sources import open_source
 
     source = open_source(path, factory, device="meta" if meta else "cpu")
-    return OpenModel(source.model.eval(), source.directory, on_meta=meta)
+    return OpenModel(source.model, source.directory, source.example_inputs)
 
 
 def exceeds_memory(path: Path) -> bool:
@@ -72,7 +78,7 @@ def exceeds_memory(path: Path) -> bool:
 
 
 def example_inputs(opened: OpenModel, batch: int | None, length: int | None) -> Any:
-    """Return example inputs of the wanted sizes, or those an optimized model was made with.
+    """Return example inputs of the wanted sizes, or those that came with the model.
 
     Returns:
         Keyword arguments by name, or None: then they are inferred where they are needed.
@@ -82,7 +88,6 @@ def example_inputs(opened: OpenModel, batch: int | None, length: int | None) -> 
         InputError: if sizes are given and inputs cannot be inferred.
     """
     from .inputs import infer_inputs
-    from .runtime import installation_of
 
     sizes = {
         name: value for name, value in (("batch", batch), ("length", length)) if value is not None
@@ -90,29 +95,26 @@ def example_inputs(opened: OpenModel, batch: int | None, length: int | None) -> 
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"--{name} must be at least 1, got {value}")
-    if sizes:
-        return infer_inputs(opened.model, **sizes)
-    installation = installation_of(opened.model)
-    return None if installation is None else installation.program.example
+    return infer_inputs(opened.model, **sizes) if sizes else opened.example
 
 
-def check_output(output: Path, *sources: Path) -> None:
-    """Refuse a folder that holds something else than what graphopt wrote.
+def check_output(output: Path, source: Path, *, replaceable: bool) -> None:
+    """Refuse a folder with files that would be lost, before a model is read.
+
+    Args:
+        output: The folder to write.
+        source: What is read.
+        replaceable: Whether an earlier output may be replaced.
 
     Raises:
         CheckpointError: with the reason.
     """
-    for source in sources:
-        if output.exists() and source.exists() and output.samefile(source):
-            raise CheckpointError(f"{output} is the source itself; write to another directory")
-    if output.is_dir():
-        if any(output.iterdir()) and not (output / PLAN_FILE).is_file():
-            raise CheckpointError(
-                f"{output} is not empty and was not written by graphopt; "
-                "pass a directory that does not exist"
-            )
-    elif output.exists():
-        raise CheckpointError(f"{output} is a file; pass a directory that does not exist")
+    from .files import check_target
+
+    if output.exists() and source.exists() and output.samefile(source):
+        raise CheckpointError(f"{output} is the source itself; write to another directory")
+    if not (replaceable and (output / PLAN_FILE).is_file()):
+        check_target(output)
 
 
 def check_file(path: Path | None, what: str) -> None:

@@ -21,7 +21,8 @@ OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX fi
 Factory = Annotated[
     str | None,
     typer.Option(
-        metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model that plain weights belong to."
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="Makes the dense model, where files alone do not say how.",
     ),
 ]
 RecipeName = Annotated[

@@ -59,11 +59,11 @@ def inspect(
 
 
 @command(app, "graphopt report out/")
-def report(optimized: Optimized, as_json: Json = False) -> None:
+def report(optimized: Optimized, factory: Factory = None, as_json: Json = False) -> None:
     """Show what was changed: FLOPs, parameters, milliseconds and errors, layer by layer."""
     from .report import report as report_of
 
-    show(report_of(open_model(optimized).model), as_json=as_json)
+    show(report_of(open_model(optimized, factory).model), as_json=as_json)
 
 
 @command(app, "graphopt export out/ model.onnx")
@@ -115,8 +115,12 @@ def verify(
 def bench(
     source: Source,
     optimized: Optimized,
-    batch: Annotated[int, typer.Option(metavar="N", help="Rows of the inputs.")] = 32,
-    length: Annotated[int, typer.Option(metavar="N", help="Most tokens per row.")] = 128,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows of the inputs; 32 if they are inferred.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens per row; 128 if inferred.")
+    ] = None,
     onnx: Annotated[bool, typer.Option(help="Whether to time ONNX Runtime as well.")] = True,
     training: Annotated[
         bool, typer.Option("--training", help="Time forward and backward as well.")
@@ -131,9 +135,12 @@ def bench(
 ) -> None:
     """Time dense against optimized in turns, in torch and in ONNX Runtime."""
     from .bench import bench as compare
+    from .inputs import infer_inputs
 
     dense, other = open_model(source, factory), open_model(optimized, factory)
     inputs = example_inputs(dense, batch, length)
+    if inputs is None:
+        inputs = infer_inputs(dense.model, batch=32, length=128)
     with activity("Timing"):
         result = compare(
             dense.model,

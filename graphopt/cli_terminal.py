@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,14 +147,20 @@ def _quiet(verbose: bool) -> Iterator[None]:
         return
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    loaded = sys.modules.get("transformers.utils.logging")  # then it has read its variables
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    has_bars = loaded is not None and loaded.is_progress_bar_enabled()
+    if has_bars:
+        loaded.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+        if has_bars:
+            loaded.enable_progress_bar()
 
 
 def _finite(data: Any) -> Any:

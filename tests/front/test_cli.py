@@ -274,7 +274,9 @@ def test_an_output_that_graphopt_did_not_write_is_never_touched(
     source: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
-    assert "is not empty" in refusal("optimize", source, "-o", tmp_path)
+    assert "holds mine.txt, which graphopt did not write" in refusal(
+        "optimize", source, "-o", tmp_path
+    )
     assert "is a file" in refusal("optimize", source, "-o", tmp_path / "mine.txt")
     assert "is the source itself" in refusal("optimize", source, "-o", source)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
@@ -367,7 +369,8 @@ def test_a_process_prints_pure_json_and_nothing_else(source: Path, tmp_path: Pat
         text=True,
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads(result.stdout)["recipe"] == "exact"
+    data = json.loads(result.stdout)
+    assert (data["recipe"], data["path"]) == ("exact", str(tmp_path / "out"))
 
 
 def test_help_loads_no_library_and_shows_examples() -> None:
