@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from graphopt.passes.calls import (
 )
 from graphopt.passes.errors import CaptureError
 from graphopt.passes.program import Mode, Program, eager_forward
-from graphopt.passes.structure import flatten, map_tensors
-from graphopt.passes.verifier import preserved
+from graphopt.passes.propagation import remember
+from graphopt.passes.structure import Structure, flatten, map_tensors
+from graphopt.passes.verifier import preserved, relative_error, rounding_bound
 
 from .inputs import infer_inputs
 from .lifting import lift
@@ -30,9 +33,9 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
 
     Batch and sequence dimensions become dynamic where the model allows it; `program.notes` says
     which stay static. The graph is traced in training mode and follows `module.training`. It is
-    compared with the eager forward in training mode (same random numbers), in evaluation mode
-    and without gradients; where it is not equal to the last bit, the program runs the eager
-    forward in that mode and says so in `program.notes`.
+    compared with the eager forward in training mode (same random numbers; gradients too), in
+    evaluation mode and without gradients; where it is not equal to the last bit, the program runs
+    the eager forward in that mode and says so in `program.notes`.
 
     Args:
         model: The model; its parameters may be on the meta device (then nothing is compared).
@@ -67,9 +70,11 @@ def call_arguments(model: nn.Module, example_inputs: Any = None) -> dict[str, An
 
 def _trace_program(model: nn.Module, arguments: dict[str, Any]) -> Program:
     result, notes = _trace(model, arguments)
+    graph = lift(result, model)
+    remember(graph, model)
     return Program(
         model,
-        lift(result, model),
+        graph,
         inputs=flatten(arguments)[1],
         outputs=result.outputs,
         example=arguments,
@@ -112,7 +117,9 @@ def _with_two_rows(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _compare_with_eager(program: Program) -> None:
     equal: set[Mode] = set()
+    rounding: set[Mode] = set()
     notes = list(program.notes)
+    bound = rounding_bound(program)
     for mode in _MODES:
         training, grad = mode
         program.model.train(training)
@@ -120,30 +127,87 @@ def _compare_with_eager(program: Program) -> None:
             difference = _difference(program)
         if difference is None:
             equal.add(mode)
-        else:
-            where = "training" if training else "evaluation" + ("" if grad else " without gradients")
-            notes.append(f"in {where} mode the eager forward runs: the graph {difference}")
+            rounding.add(mode)
+            continue
+        if difference.relative <= bound:
+            rounding.add(mode)
+        where = "training" if training else "evaluation"
+        without = "" if grad else " without gradients"
+        notes.append(f"in {where} mode{without} the eager forward runs: the graph {difference.text}")
     program.modes = frozenset(equal)
+    program.rounding_modes = frozenset(rounding)
     program.notes = tuple(notes)
 
 
-def _difference(program: Program) -> str | None:
-    """Say how the graph's result differs from the eager one, or None where it does not."""
+@dataclass(frozen=True)
+class _Difference:
+    """How the graph differs from the eager forward; `relative` is infinite where it has no size."""
+
+    text: str
+    relative: float = float("inf")
+
+
+def _difference(program: Program) -> _Difference | None:
+    """Return how the graph differs from the eager forward in the model's mode, None if it does not.
+
+    In training mode gradients are compared too. What the eager forward itself does not reproduce
+    is not held against the graph.
+    """
     tensors = program.few_rows()
     args, kwargs = expand_arguments(program.signature, program.inputs.rebuild(tensors))
-    with preserved(program.model):
-        expected, structure = flatten(eager_forward(program.model)(*args, **kwargs))
-    with preserved(program.model):
-        try:
-            actual = program.run(*tensors)
-        except Exception as error:  # noqa: BLE001 - any failure of the graph means: do not use it
-            return f"fails: {type(error).__name__}: {str(error).splitlines()[0]}"
-    if structure != program.outputs:
-        return "returns another structure"
-    for value, reference in zip(actual, expected, strict=True):
+    expected = _observed(program.model, lambda: eager_forward(program.model)(*args, **kwargs))
+    try:
+        actual = _observed(program.model, lambda: program.outputs.rebuild(program.run(*tensors)))
+    except Exception as error:  # noqa: BLE001 - any failure of the graph means: do not use it
+        text = str(error).splitlines()[0] if str(error) else ""
+        return _Difference(f"fails: {type(error).__name__}: {text}")
+    difference = _compare(actual, expected)
+    if difference is not None:
+        again = _observed(program.model, lambda: eager_forward(program.model)(*args, **kwargs))
+        if _compare(again, expected) is not None:
+            return None
+    return difference
+
+
+@dataclass(frozen=True)
+class _Observed:
+    outputs: list[torch.Tensor]
+    structure: Structure
+    gradients: dict[str, torch.Tensor | None]
+
+
+def _observed(model: nn.Module, call: Callable[[], Any]) -> _Observed:
+    with preserved(model):
+        outputs, structure = flatten(call())
+        differentiable = [v for v in outputs if v.requires_grad] if model.training else []
+        gradients: dict[str, torch.Tensor | None] = {}
+        if differentiable:
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            loss = torch.stack([v.float().square().mean() for v in differentiable]).sum()
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            gradients = dict(zip(trained, found, strict=True))
+    return _Observed([value.detach() for value in outputs], structure, gradients)
+
+
+def _compare(actual: _Observed, expected: _Observed) -> _Difference | None:
+    if actual.structure != expected.structure:
+        return _Difference("returns another structure")
+    for value, reference in zip(actual.outputs, expected.outputs, strict=True):
         if value.shape != reference.shape or value.dtype != reference.dtype:
-            return f"returns {list(value.shape)} instead of {list(reference.shape)}"
-        if not torch.equal(torch.nan_to_num(value), torch.nan_to_num(reference)):
-            largest = (value.double() - reference.double()).abs().max().item()
-            return f"differs by up to {largest:.1e}"
+            return _Difference(f"returns {list(value.shape)} instead of {list(reference.shape)}")
+        if not _is_equal(value, reference):
+            relative = relative_error(value, reference)
+            return _Difference(f"differs by {relative:.1e} of an output's norm", relative)
+    for name, gradient in expected.gradients.items():
+        found = actual.gradients[name]
+        if found is None or gradient is None:
+            if found is not gradient:
+                return _Difference(f"has no gradient of {name}, or an extra one")
+        elif not _is_equal(found, gradient):
+            relative = relative_error(found, gradient)
+            return _Difference(f"has a gradient of {name} that differs by {relative:.1e}", relative)
     return None
+
+
+def _is_equal(value: torch.Tensor, reference: torch.Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(value), torch.nan_to_num(reference))

@@ -177,7 +177,6 @@ class _Lift:
             "val": output.meta["val"],
             **_scope(output),
             "body": self._body(nodes, output, [tensor, *(n for n in outside if n is not tensor)]),
-            "body_class": type(self.model.get_submodule(key[0])),
         }
         self.new[output] = new
 

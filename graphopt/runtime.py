@@ -7,16 +7,17 @@ hooks, `state_dict` and `isinstance` are those of the user's model.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from graphopt.passes.calls import canonical_arguments
+from graphopt.passes.calls import canonical_arguments, is_default
 from graphopt.passes.errors import PlanError
 from graphopt.passes.plan import Plan
 from graphopt.passes.program import Program
@@ -48,7 +49,9 @@ class Installation:
 def installation_of(model: nn.Module) -> Installation | None:
     """Return the installation of an optimized model, None for any other model."""
     installation: Installation | None = getattr(type(model), "_graphopt_installation", None)
-    return installation
+    if installation is None or installation.program is None or installation.program.model is model:
+        return installation
+    return replace(installation, program=installation.program.of_copy(model))
 
 
 def install(program: Program, plan: Plan, *, eager_refusal: str | None = None) -> nn.Module:
@@ -102,16 +105,18 @@ def _model_class(
 ) -> type[nn.Module]:
     match = _matcher(program)
     outputs = program.outputs
+    modes = program.modes if installation.eager_refusal is None else program.rounding_modes
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors = match(self, args, kwargs)
-        if tensors is not None:
+        if tensors is not None and (self.training, torch.is_grad_enabled()) in modes:
             return outputs.rebuild(function(self, *tensors))
         if installation.eager_refusal is not None:
             raise PlanError(
-                f"this call differs from the captured one and cannot run: "
-                f"{installation.eager_refusal}; optimize again with these inputs as the example"
+                f"this call differs from the captured one (in its arguments, sizes, types or mode) "
+                f"and cannot run: {installation.eager_refusal}; "
+                f"optimize again with these inputs as the example"
             )
         return original.forward(self, *args, **kwargs)
 
@@ -121,8 +126,26 @@ def _model_class(
 def _subclass(original: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     members["__module__"] = original.__module__
     members["__doc__"] = original.__doc__
+    members["__qualname__"] = _PREFIX + original.__name__
     members["_graphopt_original_class"] = original
-    return type(_PREFIX + original.__name__, (original,), members)
+
+    def copied(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        make, arguments, state, *_ = original.__reduce_ex__(self, 4)
+        twin: Any = make(*arguments)  # type: ignore[operator]  # a reduction may be a string
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return cast(nn.Module, twin)
+
+    def refuse_pickling(self: nn.Module, protocol: Any) -> Any:
+        raise PlanError(
+            f"an optimized {original.__name__} cannot be pickled, because its class exists in this "
+            "process only; use graphopt.save(model, directory) or save model.state_dict()"
+        )
+
+    members.setdefault("__deepcopy__", getattr(original, "__deepcopy__", copied))
+    members["__reduce_ex__"] = refuse_pickling
+    # Libraries write the class's name into files, so it stays; the qualified name tells them apart.
+    return type(original.__name__, (original,), members)
 
 
 def _matcher(
@@ -143,7 +166,7 @@ def _matcher(
     def match(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor] | None:
-        if flat is None or len(args) > len(positional):
+        if flat is None or len(args) > len(positional) or kwargs.keys() & positional[: len(args)]:
             arguments = canonical_arguments(signature, args, kwargs)
             if set(arguments) != names:
                 return None
@@ -157,7 +180,7 @@ def _matcher(
             for name, value in given.items():
                 if name in flat:
                     found[name] = value
-                elif value is not defaults.get(name, inspect.Parameter.empty) and value is not None:
+                elif not is_default(value, defaults.get(name, inspect.Parameter.empty)):
                     return None
             tensors = []
             for name, expected in flat.items():
@@ -166,9 +189,9 @@ def _matcher(
                     if not isinstance(value, torch.Tensor):
                         return None
                     tensors.append(value)
-                elif value != expected.value:
+                elif type(value) is not type(expected.value) or value != expected.value:
                     return None
-        return tensors if program.accepts(tensors, model) else None
+        return tensors if program.fits(tensors, model) else None
 
     return match
 

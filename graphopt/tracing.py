@@ -148,7 +148,7 @@ def dynamic_groups(tensors: list[torch.Tensor]) -> dict[str, list[tuple[int, int
         for dimension, size in enumerate(tensor.shape):
             if dimension == 0 and (size == batch or size > 1):
                 groups["batch" if size == batch else f"first {size}"].append((index, 0))
-            elif dimension > 0 and size in lengths and size > 1:
+            elif dimension > 0 and size in lengths:
                 groups[f"length {size}"].append((index, dimension))
     return dict(groups)
 

@@ -43,7 +43,7 @@ def canonical_arguments(
         parameter = signature.parameters[name]
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(sorted(value.items()))
-        elif not _is_default(value, parameter.default):
+        elif not is_default(value, parameter.default):
             arguments[name] = value
     return arguments
 
@@ -89,7 +89,8 @@ def example_arguments(model: nn.Module, example: Any) -> dict[str, Any]:
     )
 
 
-def _is_default(value: Any, default: Any) -> bool:
+def is_default(value: Any, default: Any) -> bool:
+    """Say whether an argument is its parameter's default, or equal to it as a plain value."""
     if value is default:
         return True
     return isinstance(value, (bool, int, float, str)) and type(value) is type(default) and (

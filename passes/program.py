@@ -10,6 +10,7 @@ of that call, so that analyses need no table of module classes.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ class Program:
         example: Canonical arguments it was captured with.
         notes: What capture wants a user to know: static dimensions, fallbacks.
         modes: The modes in which the graph equals the eager forward; in others a call runs that.
+        rounding_modes: The modes in which it equals that up to rounding: what is left to run where
+            the eager forward cannot run over rewritten modules.
+        dtype: Type of the first float parameter; the graph holds constants of that type.
         ranges: Smallest and largest value of a dynamic size, by its symbol, where it is limited.
     """
 
@@ -92,6 +96,8 @@ class Program:
         self.example = example
         self.notes = notes
         self.modes: frozenset[Mode] = frozenset(product((True, False), repeat=2))
+        self.rounding_modes = self.modes
+        self.dtype = _float_dtype(model)
         self.ranges = ranges
         self._facts: dict[str, Any] = {}
         self._function: Callable[..., Any] | None = None
@@ -114,8 +120,9 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph like the model: same arguments, same result type.
 
-        A call of another structure, of sizes outside the captured ranges, or in a mode in which
-        the graph is not the model's forward, runs the eager forward.
+        A call of another structure, of sizes outside the captured ranges, in a mode in which the
+        graph is not the model's forward, or of a model converted to another type, runs the eager
+        forward.
         """
         arguments = canonical_arguments(self.signature, args, kwargs)
         tensors, structure = flatten(arguments)
@@ -130,7 +137,12 @@ class Program:
             tensors: The call's tensors in order.
             model: The model to run on, if it is not the captured one but a copy of it.
         """
-        if ((model or self.model).training, torch.is_grad_enabled()) not in self.modes:
+        model = model or self.model
+        return (model.training, torch.is_grad_enabled()) in self.modes and self.fits(tensors, model)
+
+    def fits(self, tensors: Sequence[torch.Tensor], model: nn.Module) -> bool:
+        """Say whether the graph can run on these tensors: types and sizes, in any mode."""
+        if _float_dtype(model) != self.dtype:
             return False
         for tensor, limit in zip(tensors, self.limits, strict=True):
             if tensor.dim() != len(limit.sizes) or tensor.dtype != limit.dtype:
@@ -173,6 +185,13 @@ class Program:
         """Drop everything derived from the graph; call it after every edit."""
         self._facts.clear()
         self._function = None
+
+    def of_copy(self, model: nn.Module) -> Program:
+        """Return this program on a copy of its model."""
+        other = copy.copy(self)
+        other.model = model
+        other._facts = {}
+        return other
 
     def fact(self, name: str, compute: Callable[[Program], Any]) -> Any:
         """Return a cached analysis, computing it when the graph changed since."""
@@ -239,6 +258,13 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, "<graphopt program>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
     return function
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype | None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
 
 
 _UNLIMITED = (0, 2**63 - 1)

@@ -1,4 +1,4 @@
-"""Fake values and leaf bodies of a program, made again after its graph or modules changed."""
+"""Fake values and leaf bodies of a program, made again where its graph or modules changed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -13,30 +14,86 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .errors import VerificationError
 from .program import Program
 
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+def remember(graph: fx.Graph, model: nn.Module) -> None:
+    """Note on every node what its value was computed from, so that `refresh` can keep it."""
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            node.meta["computed_from"] = _inputs(node, model)
+
 
 def refresh(program: Program) -> None:
-    """Recompute every node's `meta["val"]`, and the `meta["body"]` of changed leaf calls.
+    """Recompute `meta["val"]` and `meta["body"]` of every node that changed, and of those it feeds.
 
-    Runs the graph on fake tensors, so it costs no memory and works on meta parameters; it also
-    proves that every shape in the graph fits.
+    A node is computed again, on fake tensors, if its operation, its constants, the shapes of its
+    operands or its module are not what they were; so every shape in the graph is proved to fit.
+    Costs no memory for tensors and works on meta parameters.
 
     Raises:
         VerificationError: if an operation does not fit its operands any more, naming the node.
     """
     mode = _fake_mode(program)
-    with mode, torch.no_grad():
-        interpreter = _Propagation(program, mode)
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        propagation = _Propagation(program, mode)
         for node in program.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             try:
-                node.meta["val"] = interpreter.value(node)
+                found = _inputs(node, program.model)
+                if node.meta.get("computed_from") != found:
+                    node.meta["val"] = propagation.value(node)
+                    node.meta["computed_from"] = found
             except Exception as error:
+                text = str(error) or type(error).__name__
                 raise VerificationError(
                     f"the operation {node.name} ({node.target}) in {node.meta['modules'][-1]!r} "
-                    f"does not fit its operands: {str(error).splitlines()[0]}"
+                    f"does not fit its operands: {text.splitlines()[0]}"
                 ) from error
     program.changed()
+
+
+def _inputs(node: fx.Node, model: nn.Module) -> tuple[Any, ...]:
+    """Return, as text and plain values, all that decides a node's shape."""
+    operands = str(fx.map_arg((node.args, node.kwargs), lambda n: _description(n.meta.get("val"))))
+    if node.op == "call_function":
+        return node.target, operands
+    name = str(node.target)
+    if node.op == "call_module":
+        module = model.get_submodule(name)
+        return name, operands, _configuration(module), _tensors(module)
+    parent, _, attribute = name.rpartition(".")
+    value = getattr(model.get_submodule(parent), attribute)
+    return name, _description(value) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _description(value: Any) -> Any:
+    """Return a tensor's shape, layout and type as text; other values as they are."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_description(item) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    return f"{list(value.shape)} {list(value.stride())} {value.dtype} {value.device.type}"
+
+
+def _configuration(module: nn.Module) -> tuple[Any, ...]:
+    """Return the classes and plain attributes of a module and of what it contains."""
+    return tuple(
+        (type(part), tuple((k, v) for k, v in vars(part).items() if k != "training" and _plain(v)))
+        for part in module.modules()
+    )
+
+
+def _plain(value: Any) -> bool:
+    return all(map(_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+
+
+def _tensors(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (name, f"{list(value.shape)} {value.dtype}")
+        for name, value in [*module.named_parameters(), *module.named_buffers()]
+    )
 
 
 def _fake_mode(program: Program) -> FakeTensorMode:
@@ -78,30 +135,8 @@ class _Propagation:
             key: self._fake(f"{name}.{key}", value)
             for key, value in [*module.named_parameters(), *module.named_buffers()]
         }
-        if not _is_current(node, name, module, tensors, args):
-            node.meta["body"] = _trace_body(name, module, tensors, args, kwargs)
-            node.meta["body_class"] = type(module)
+        node.meta["body"] = _trace_body(name, module, tensors, args, kwargs)
         return functional_call(module, tensors, args, kwargs)
-
-
-def _is_current(
-    node: fx.Node,
-    name: str,
-    module: nn.Module,
-    tensors: dict[str, torch.Tensor],
-    args: tuple[Any, ...],
-) -> bool:
-    """Say whether the body was made from this class of module and these shapes."""
-    body: fx.Graph | None = node.meta.get("body")
-    if body is None or node.meta.get("body_class") is not type(module):
-        return False
-    reads = {n.target: n for n in body.nodes if n.op == "get_attr"}
-    source = next(n for n in body.nodes if n.op == "placeholder")
-    return str(source.meta["val"].shape) == str(args[0].shape) and all(
-        reads[full].meta["val"].shape == value.shape
-        for key, value in tensors.items()
-        if (full := f"{name}.{key}") in reads
-    )
 
 
 def _trace_body(

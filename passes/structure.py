@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+_TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor position; `index` counts tensors from the left."""
+    """A tensor position; `index` counts from the left.
+
+    While a model is traced, a number that depends on a dynamic size is a leaf too: the graph
+    returns it, so that, for instance, the length a cache reports follows the call.
+    """
 
     index: int
 
@@ -85,7 +90,7 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     tensors: list[torch.Tensor] = []
 
     def visit(item: Any) -> Structure:
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, _TRACED):
             tensors.append(item)
             return Leaf(len(tensors) - 1)
         kind = pytree._get_node_type(item)
@@ -125,6 +130,25 @@ def tensor_names(structure: Structure) -> list[str]:
     return names
 
 
+def outside_objects(structure: Structure) -> list[bool]:
+    """Say for every tensor of a structure whether it is outside of plain objects.
+
+    A tensor held by a plain object (a key/value cache) is state that a model hands to itself, and
+    changes its size along with the model.
+    """
+    result: dict[int, bool] = {}
+
+    def visit(item: Structure, outside: bool) -> None:
+        if isinstance(item, Leaf):
+            result[item.index] = outside
+        elif isinstance(item, (Container, Instance)):
+            for child in item.children:
+                visit(child, outside and isinstance(item, Container))
+
+    visit(structure, True)
+    return [result[index] for index in sorted(result)]
+
+
 def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """Return a copy of a nested value with `function` applied to every tensor."""
     tensors, structure = flatten(value)
@@ -132,7 +156,7 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def _holds_tensor(item: Any, seen: set[int]) -> bool:
-    if isinstance(item, torch.Tensor):
+    if isinstance(item, _TRACED):
         return True
     if isinstance(item, (*_ATOMS, type, torch.nn.Module)) or id(item) in seen:
         return False

@@ -13,7 +13,7 @@ from .calls import expand_arguments
 from .errors import VerificationError
 from .program import Program, eager_forward, shape_of
 from .propagation import refresh
-from .structure import flatten
+from .structure import flatten, outside_objects
 
 _SLACK = 8
 
@@ -24,11 +24,13 @@ class Observation:
 
     Attributes:
         outputs: The float outputs.
+        state: The float tensors inside plain objects (key/value caches), which shrink with heads.
         gradients: Gradients by parameter name, those that flow.
         trained: Names of the parameters that want one.
     """
 
     outputs: tuple[torch.Tensor, ...]
+    state: tuple[torch.Tensor, ...]
     gradients: dict[str, torch.Tensor]
     trained: frozenset[str]
 
@@ -37,8 +39,8 @@ class Verifier:
     """Checks a program after each change-set against what it did before.
 
     Exact changes must keep outputs and gradients, in training and evaluation mode, within a
-    rounding bound; approximate ones must keep every output finite and every gradient flowing.
-    In all cases the eager forward over the rewritten modules must give what the graph gives.
+    rounding bound; approximate ones must keep the form of every output, keep all values finite and
+    every gradient flowing. `eager_refusal` compares the graph with the eager forward.
     """
 
     def __init__(self, program: Program, *, training: bool = True) -> None:
@@ -50,8 +52,10 @@ class Verifier:
         """
         self._program = program
         self._numeric = not any(p.is_meta for p in program.model.parameters())
-        self._modes = [(True, True), (False, True)] if training else [(False, False)]
-        self._modes = [mode for mode in self._modes if mode in program.modes]
+        wanted = [(True, True), (False, True)] if training else [(False, False), (False, True)]
+        self._modes = [mode for mode in wanted if mode in program.modes]
+        if not training:
+            self._modes = self._modes[:1]
         self._before = self._observe() if self._numeric else []
 
     def check(self, pass_name: str, *, exact: bool) -> None:
@@ -91,7 +95,7 @@ class Verifier:
             except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 return f"the original forward fails over the rewritten modules ({reason})"
-            graph = program.run(*tensors)
+            graph, _ = flatten(program.outputs.rebuild(program.run(*tensors)))
             bound = rounding_bound(program)
             for value, reference in zip(graph, eager, strict=True):
                 if value.shape != reference.shape or relative_error(value, reference) > bound:
@@ -112,17 +116,18 @@ def observe(program: Program, *, training: bool, gradients: bool) -> Observation
     tensors = program.few_rows()
     with preserved(model), torch.set_grad_enabled(gradients):
         model.train(training)
-        outputs = [
-            value
-            for value in program.run(*tensors)
+        pairs = [
+            (value, outside)
+            for value, outside in zip(
+                program.run(*tensors), outside_objects(program.outputs), strict=True
+            )
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
+        differentiable = [value for value, _ in pairs if value.requires_grad]
         found: dict[str, torch.Tensor] = {}
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if gradients and trained and any(value.requires_grad for value in outputs):
-            loss = torch.stack(
-                [value.double().square().mean() for value in outputs if value.requires_grad]
-            ).sum()
+        if gradients and trained and differentiable:
+            loss = torch.stack([value.double().square().mean() for value in differentiable]).sum()
             values = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             found = {
                 name: value
@@ -130,14 +135,20 @@ def observe(program: Program, *, training: bool, gradients: bool) -> Observation
                 if value is not None
             }
     return Observation(
-        tuple(value.detach() for value in outputs),
+        tuple(value.detach() for value, outside in pairs if outside),
+        tuple(value.detach() for value, outside in pairs if not outside),
         found,
         frozenset(trained) if gradients else frozenset(),
     )
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return ||value - reference|| / ||reference|| in float64; positions NaN in both are equal."""
+    """Return ||value - reference|| / ||reference|| in float64; positions NaN in both are equal.
+
+    Tensors of different shapes differ infinitely.
+    """
+    if value.shape != reference.shape:
+        return float("inf")
     if not reference.numel():
         return 0.0
     a, b = value.double(), reference.double()
@@ -214,6 +225,9 @@ def _check_finite(pass_name: str, mode: str, old: Observation, new: Observation)
             )
         if torch.isfinite(before).all() and not torch.isfinite(after).all():
             raise VerificationError(f"{pass_name} made output {index} not finite in {mode} mode")
+    for before, after in zip(old.state, new.state, strict=True):
+        if torch.isfinite(before).all() and not torch.isfinite(after).all():
+            raise VerificationError(f"{pass_name} made the state not finite in {mode} mode")
     for name, gradient in new.gradients.items():
         if not torch.isfinite(gradient).all() and torch.isfinite(old.gradients.get(name, gradient)).all():
             raise VerificationError(f"{pass_name} made the gradient of {name} not finite")
@@ -225,7 +239,8 @@ def _check_finite(pass_name: str, mode: str, old: Observation, new: Observation)
 def _check_equal(
     pass_name: str, mode: str, old: Observation, new: Observation, bound: float
 ) -> None:
-    for index, (before, after) in enumerate(zip(old.outputs, new.outputs, strict=True)):
+    values = zip((*old.outputs, *old.state), (*new.outputs, *new.state), strict=True)
+    for index, (before, after) in enumerate(values):
         error = relative_error(after, before)
         if not error <= bound:
             raise VerificationError(
