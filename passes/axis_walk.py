@@ -12,14 +12,14 @@ from . import axis_contractions, axis_elements
 from .axis_flow import RULES, Flow, Terms, arguments_of, operator_name, tensor_nodes, tensors_of
 from .axis_terms import atoms
 from .program import Program
-from .structure import Container, Instance, Leaf, Structure
+from .structure import outside_objects
 
 
 def walk(program: Program) -> Flow:
     """Give every tensor dimension of a program its term."""
     flow = Flow()
     names: dict[int, str] = {}
-    for node, plain in zip(program.placeholders, _plain(program.inputs), strict=True):
+    for node, plain in zip(program.placeholders, outside_objects(program.inputs), strict=True):
         flow.terms[node] = flow.new(node)
         if plain:
             flow.pin(flow.dims(node), f"comes from the input {node.name}")
@@ -44,7 +44,7 @@ def _finish(flow: Flow, program: Program) -> None:
     """
     attention = {axis for term in (*flow.heads, *flow.head_dims) for axis in atoms(term)}
     results = [item for item in _flat(program.result.args) if isinstance(item, fx.Node)]
-    for node, plain in zip(results, _plain(program.outputs), strict=True):
+    for node, plain in zip(results, outside_objects(program.outputs), strict=True):
         for axis in (axis for term in flow.dims(node) for axis in atoms(term)):
             if plain or axis not in attention:
                 flow.pin(axis, "reaches an output of the model")
@@ -133,22 +133,3 @@ def _flat(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
         return [item for inner in value for item in _flat(inner)]
     return [value]
-
-
-def _plain(structure: Structure) -> list[bool]:
-    """Say for every tensor of a structure whether it is outside of plain objects.
-
-    A tensor held by a plain object (a key/value cache) is state that a model hands to itself, and
-    changes its size along with the model.
-    """
-    result: dict[int, bool] = {}
-
-    def visit(item: Structure, plain: bool) -> None:
-        if isinstance(item, Leaf):
-            result[item.index] = plain
-        elif isinstance(item, (Container, Instance)):
-            for child in item.children:
-                visit(child, plain and isinstance(item, Container))
-
-    visit(structure, True)
-    return [result[index] for index in sorted(result)]

@@ -110,10 +110,10 @@ class PassManager:
                 continue
             snapshot = Snapshot(program)
             accepted = len(self._changes)
-            self._run_pass(step, program, context or self.context)
-            if len(self._changes) == accepted:
-                continue
             try:
+                self._run_pass(step, program, context or self.context)
+                if len(self._changes) == accepted:
+                    continue
                 if verifier is None:
                     refresh(program)
                 else:
@@ -122,6 +122,9 @@ class PassManager:
                 path = self._write_reproducer(program)
                 snapshot.restore()
                 raise VerificationError(f"{error}; rolled back; the plan is in {path}") from error
+            except BaseException:
+                snapshot.restore()
+                raise
         after = total_cost(program)
         return self._plan(program, Totals(before=cost_record(before), after=cost_record(after)))
 
@@ -182,7 +185,7 @@ class PassManager:
         load_state(program, state)
         return settled
 
-    def _plan(self, program: Program, totals: Totals) -> Plan:
+    def _plan(self, program: Program, totals: Totals | None) -> Plan:
         tensors, _ = flatten(program.example)
         return Plan(
             model_class=type(program.model).__name__,
@@ -200,13 +203,24 @@ class PassManager:
             changes=tuple(self._changes),
             misses=tuple(self._misses),
             totals=totals,
-            notes=program.notes,
+            notes=(*program.notes, *self._budget_note(totals)),
         )
+
+    def _budget_note(self, totals: Totals | None) -> list[str]:
+        """Say where the budget is not met, with what was reached."""
+        if totals is None:
+            return []
+        share = totals.after.flops / max(totals.before.flops, 1)
+        if self.context.budget is None or share <= self.context.budget * (1 + 1e-9):
+            return []
+        return [
+            f"the budget of {self.context.budget:.1%} of the forward FLOPs is not met: "
+            f"{share:.1%} are left; see the misses for what could not change"
+        ]
 
     def _write_reproducer(self, program: Program) -> Path:
         directory = Path(tempfile.mkdtemp(prefix="graphopt-failure-"))
-        cost = cost_record(total_cost(program))
-        plan = self._plan(program, Totals(before=cost, after=cost))
+        plan = self._plan(program, None)
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (directory / "seed.txt").write_text("0\n", encoding="utf-8")
         return directory

@@ -15,13 +15,8 @@ class Snapshot:
     def __init__(self, program: Program) -> None:
         """Remember which objects are where; no tensor is copied."""
         self._program = program
-        self._tables = [(module, _copied(module)) for module in program.model.modules()]
-        self._graph = fx.Graph()
-        result = self._graph.graph_copy(program.graph, mapping := {})
-        self._graph.output(result)
-        self._graph.output_node().meta = dict(program.result.meta)
-        for node, copy in mapping.items():
-            copy.meta = dict(node.meta)
+        self._tables = [(module, _copied_table(module)) for module in program.model.modules()]
+        self._graph = _copied_graph(program.graph)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -32,8 +27,22 @@ class Snapshot:
         self._program.changed()
 
 
-def _copied(module: nn.Module) -> dict[str, Any]:
+def _copied_table(module: nn.Module) -> dict[str, Any]:
     return {
         name: type(value)(value) if type(value) is dict else value
         for name, value in vars(module).items()
     }
+
+
+def _copied_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph with the graphs of its leaf calls: passes edit both."""
+    result = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result.output(result.graph_copy(graph, mapping))
+    mapping[graph.output_node()] = result.output_node()
+    for node, copy in mapping.items():
+        copy.meta = dict(node.meta)
+        body = copy.meta.get("body")
+        if body is not None:
+            copy.meta["body"] = _copied_graph(body)
+    return result
