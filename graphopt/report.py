@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -172,8 +172,8 @@ def plan_report(plan: Plan, program: Program | None = None) -> Report:
             target=miss.target,
             decision="refused",
             reason=miss.reason,
-            before=costs.get(miss.target),
-            after=costs.get(miss.target),
+            before=_cost_of(miss.target, costs),
+            after=_cost_of(miss.target, costs),
         )
         for miss in plan.misses
     )
@@ -192,6 +192,12 @@ def _costs_by_layer(program: Program) -> dict[str, CostRecord]:
         name: CostRecord(flops=cost.flops, size_bytes=cost.size_bytes, parameters=cost.parameters)
         for name, cost in module_costs(program).items()
     }
+
+
+def _cost_of(target: str, costs: Mapping[str, CostRecord]) -> CostRecord | None:
+    """Return the cost of a module, named by itself, by its parameter, or with a remark behind."""
+    name = target.partition(" ")[0]
+    return costs.get(name) or costs.get(name.rpartition(".")[0])
 
 
 def _row_json(row: ReportRow) -> dict[str, Any]:
@@ -230,8 +236,8 @@ def _kept_table(rows: list[ReportRow]) -> Table:
                 row.reason,
                 f"{_count(row.before.flops)} → {_count(row.after.flops)}",
                 f"{_count(row.before.parameters)} → {_count(row.after.parameters)}",
-                f"{_milliseconds(row.before.latency_ms)} → {_milliseconds(row.after.latency_ms)}",
-                f"{_error(row.predicted_error)} / {_error(row.measured_error)}",
+                _pair(_milliseconds, row.before.latency_ms, " → ", row.after.latency_ms),
+                _pair(_error, row.predicted_error, " / ", row.measured_error),
             )
         )
     columns = ("layer", "pass", "change", "FLOPs", "parameters", "ms", "error predicted / measured")
@@ -266,7 +272,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "pass")
     for row in rows:
         table.add_row(*map(Text, row))  # as text, because "[8, 128]" is not markup
     return table
@@ -285,6 +291,12 @@ def _count(value: float | None) -> str:
 
 def _share(before: float | None, after: float | None) -> str:
     return f"{after / before:.1%}" if before and after is not None else "-"
+
+
+def _pair(
+    text: Callable[[float | None], str], first: float | None, between: str, second: float | None
+) -> str:
+    return "-" if first is None and second is None else f"{text(first)}{between}{text(second)}"
 
 
 def _milliseconds(value: float | None) -> str:

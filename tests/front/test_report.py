@@ -38,7 +38,7 @@ def plan_of_one_layer() -> Plan:
             ],
             "misses": [
                 {"pass": "prune-channels", "target": name, "reason": "it is an output [4, 16]"}
-                for name in ("2", "3")
+                for name in ("2.weight (16 channels)", "3")
             ],
             "totals": {"before": BEFORE, "after": AFTER},
             "notes": ["dimension 1 of input is static"],
@@ -56,7 +56,7 @@ def test_json_has_every_decision_with_its_costs() -> None:
     assert (change["pass"], change["target"], change["decision"]) == ("prune-channels", "0", "kept")
     assert (change["before"], change["after"]) == (BEFORE, AFTER)
     assert (change["predicted_error"], change["measured_error"]) == (0.125, 0.25)
-    assert [miss["target"] for miss in data["misses"]] == ["2", "3"]
+    assert [miss["target"] for miss in data["misses"]] == ["2.weight (16 channels)", "3"]
     assert {miss["decision"] for miss in data["misses"]} == {"refused"}
     assert data["totals"] == {"before": BEFORE, "after": AFTER}
     assert data["flops_share"] == 0.25
@@ -72,7 +72,7 @@ def test_text_shows_numbers_reasons_and_notes() -> None:
         "25.0%",
         "32 -> 8 channels [bold]",
         "it is an output [4, 16]",
-        "2, 3",
+        "2.weight (16 channels), 3",
         "note: dimension 1 of input is static",
     ):
         assert part in text
