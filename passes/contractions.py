@@ -65,11 +65,13 @@ class Contraction:
 
 def contraction_of(program: Program, member: Member) -> Contraction | None:
     """Return the contraction of a consumer, None if it has no form that can be fitted."""
-    operations = [_operation(node, member.parameter) for node in member.nodes]
+    operations = [operation_of(node, member.parameter) for node in member.nodes]
     first = operations[0] if operations else None
     if first is None or not member.inputs or any(op is None for op in operations):
         return None
-    if first.target not in _BIAS_POSITIONS or any(op.target is not first.target for op in operations if op):
+    if first.target not in _BIAS_POSITIONS:
+        return None
+    if any(operation.target is not first.target for operation in operations if operation):
         return None
     unfold, window = None, 1
     if first.target is torch.ops.aten.conv2d.default:
@@ -84,7 +86,7 @@ def contraction_of(program: Program, member: Member) -> Contraction | None:
     )
 
 
-def _operation(node: fx.Node, parameter: str) -> fx.Node | None:
+def operation_of(node: fx.Node, parameter: str) -> fx.Node | None:
     """Return the ATen operation, in the graph or in a leaf call, that reads a parameter."""
     body: fx.Graph | None = node.meta.get("body")
     candidates = [node] if body is None else list(body.nodes)

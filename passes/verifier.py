@@ -92,7 +92,7 @@ class Verifier:
             program.model.eval()
             try:
                 eager, _ = flatten(eager_forward(program.model)(*args, **kwargs))
-            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+            except Exception as error:  # whatever the model's own code raises
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 return f"the original forward fails over the rewritten modules ({reason})"
             graph, _ = flatten(program.outputs.rebuild(program.run(*tensors)))
@@ -107,7 +107,7 @@ class Verifier:
 
 
 def observe(program: Program, *, training: bool, gradients: bool) -> Observation:
-    """Run a program on a few rows of its example and return its outputs and, if asked, its gradients.
+    """Run a program on a few rows of its example; return outputs and, if asked, gradients.
 
     The loss is the mean square of all float outputs; random numbers are fixed; buffers, gradient
     fields and modes are left as they were.
@@ -229,7 +229,9 @@ def _check_finite(pass_name: str, mode: str, old: Observation, new: Observation)
         if torch.isfinite(before).all() and not torch.isfinite(after).all():
             raise VerificationError(f"{pass_name} made the state not finite in {mode} mode")
     for name, gradient in new.gradients.items():
-        if not torch.isfinite(gradient).all() and torch.isfinite(old.gradients.get(name, gradient)).all():
+        before = old.gradients.get(name)
+        was_finite = before is None or bool(torch.isfinite(before).all())
+        if was_finite and not torch.isfinite(gradient).all():
             raise VerificationError(f"{pass_name} made the gradient of {name} not finite")
     lost = [name for name in old.gradients if name in new.trained - new.gradients.keys()]
     if lost:

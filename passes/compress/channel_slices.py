@@ -1,0 +1,84 @@
+"""What a group of coupled channels holds, and how it is cut to the units that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphopt.passes.axes import ChannelGroup, Member
+from graphopt.passes.axis_sizes import attributes_with
+from graphopt.passes.base import State, set_tensor, shared_names
+from graphopt.passes.facts import attribute_of
+from graphopt.passes.program import Program
+from graphopt.passes.ranges import format_ranges
+
+
+def sliced(program: Program, group: ChannelGroup, kept: list[int]) -> State:
+    """Return every parameter and buffer of a group with only the kept units."""
+    state: State = {}
+    for name, dims in _dimensions(group).items():
+        value = attribute_of(program, name).detach()
+        for dim, member in dims.items():
+            indices = torch.tensor(member.indices(kept), device=value.device)
+            value = value.index_select(dim, indices)
+        state[name] = value
+    return state
+
+
+def slice_details(program: Program, group: ChannelGroup, kept: list[int]) -> dict[str, Any]:
+    """Return what replaying and undoing needs, as JSON values."""
+    slices = {
+        name: [
+            [dim, len(member.owners), format_ranges(member.indices(kept))]
+            for dim, member in sorted(dims.items())
+        ]
+        for name, dims in _dimensions(group).items()
+    }
+    attributes = {
+        module: {
+            attribute: [getattr(program.module(module), attribute), value]
+            for attribute, value in values.items()
+        }
+        for module, values in attributes_with(program, {group.axis: len(kept)}).items()
+    }
+    return {
+        "group": group.key,
+        "count": len(kept),
+        "kept": format_ranges(kept),
+        "slices": slices,
+        "attributes": attributes,
+    }
+
+
+def parameters_with(program: Program, group: ChannelGroup, size: int) -> int:
+    """Return how many parameters a group's tensors have when it has another size."""
+    total = 0
+    for name, dims in _dimensions(group).items():
+        tensor = attribute_of(program, name)
+        if isinstance(tensor, nn.Parameter):
+            count = tensor.numel()
+            for dim, member in dims.items():
+                count = count // tensor.shape[dim] * len(member.indices(range(size)))
+            total += count
+    return total
+
+
+def set_everywhere(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Set a tensor under all its names, so that tied weights stay tied."""
+    names = shared_names(model, name)
+    set_tensor(model, names[0], value)
+    parent, _, attribute = names[0].rpartition(".")
+    tensor = getattr(model.get_submodule(parent), attribute)
+    for other in names[1:]:
+        parent, _, attribute = other.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, tensor)
+
+
+def _dimensions(group: ChannelGroup) -> dict[str, dict[int, Member]]:
+    """Return parameter -> dimension -> one of the members that describe it."""
+    result: dict[str, dict[int, Member]] = {}
+    for member in group.members:
+        result.setdefault(member.parameter, {})[member.dim] = member
+    return result
