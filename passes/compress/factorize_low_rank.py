@@ -6,7 +6,7 @@ after:  y = up (down x) + b',  rank r < in * out / (in + out)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -32,7 +32,7 @@ from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.least_squares import Factors, factorize_whitened
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.replaceability import replacement_refusal
-from graphopt.passes.structure import Container, Leaf, Structure
+from graphopt.passes.structure import outside_objects
 
 _STEPS = 1024
 
@@ -138,8 +138,6 @@ class FactorizeLowRank(Pass):
         if factors.bias is not None:
             factors.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(program.model, change.target, factors.train(layer.training))
-        for node in program.calls(change.target):
-            node.meta.pop("body", None)
         program.changed()
 
     def restore(self, model: nn.Module, change: Change) -> None:
@@ -304,7 +302,8 @@ def _heads(program: Program) -> frozenset[str]:
     """
     results = program.result.args[0]
     assert isinstance(results, (tuple, list))
-    waiting = [results[index] for index in _plain_leaves(program.outputs)]
+    outside = outside_objects(program.outputs)
+    waiting = [node for node, counts in zip(results, outside, strict=True) if counts]
     heads: set[str] = set()
     seen: set[fx.Node] = set()
     while waiting:
@@ -318,15 +317,6 @@ def _heads(program: Program) -> frozenset[str]:
         if len(tensors) == 1 and not _has_parameters(program, node):
             waiting.extend(tensors)
     return frozenset(heads)
-
-
-def _plain_leaves(structure: Structure) -> Iterable[int]:
-    """Yield the indices of the tensors that no plain object holds."""
-    if isinstance(structure, Leaf):
-        yield structure.index
-    elif isinstance(structure, Container):
-        for child in structure.children:
-            yield from _plain_leaves(child)
 
 
 def _has_parameters(program: Program, node: fx.Node) -> bool:

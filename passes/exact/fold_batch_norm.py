@@ -169,7 +169,6 @@ class FoldBatchNorm(Pass):
         for node in calls:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            source.meta.pop("body", None)
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
         program.changed()
@@ -190,7 +189,7 @@ class FoldBatchNorm(Pass):
             if not details.had_bias:
                 assert isinstance(layer.bias, Tensor)
                 norm.running_mean.copy_(-layer.bias)
-                layer.bias = None
+                layer.register_parameter("bias", None)
         replace_module(model, change.target, norm.train(training))
 
 

@@ -302,9 +302,9 @@ def _call_owner(program: Program, details: _Fusion, calls: Sequence[Sequence[fx.
     for part, nodes in enumerate(calls):
         seen: Counter[tuple[fx.Node, str]] = Counter()
         for node in nodes:
-            place = (node.all_input_nodes[0], _caller(node))
-            together[(*place, seen[place])][part] = node
-            seen[place] += 1
+            source, caller = node.all_input_nodes[0], _caller(node)
+            together[source, caller, seen[source, caller]][part] = node
+            seen[source, caller] += 1
     for (source, _, _), found in together.items():
         nodes = sorted(found.values(), key=order.__getitem__)
         joined = len(found) == len(calls) and _order_refusal(nodes) is None

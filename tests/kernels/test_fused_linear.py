@@ -39,12 +39,9 @@ def test_outputs_and_gradients_are_those_of_separate_layers(
     x.requires_grad_()
     owner = model.query
     weights = [owner.part_weight(i).detach().double().requires_grad_() for i in range(3)]
-    biases = [
-        None if owner.fused_bias is None else part.detach().double().requires_grad_()
-        for part in (owner.part_bias(i) for i in range(3))
-        if part is not None or not bias
-    ]
-    expected = fused_linear_reference(wide, weights, biases if bias else [None] * 3)
+    parts = [owner.part_bias(i) for i in range(3)]
+    biases = [None if part is None else part.detach().double() for part in parts]
+    expected = fused_linear_reference(wide, weights, biases)
     actual = owner(x, part=None) if together else model(x)
     assert actual.dtype == dtype
     expected.sum().backward()
@@ -86,7 +83,8 @@ def test_a_part_alone_is_its_slice_of_the_whole() -> None:
 def test_parts_look_like_the_layers_they_replace() -> None:
     model = Attention()
     start = 0
-    for module, size in zip((model.query, model.key, model.value), SIZES, strict=True):
+    layers: list[FusedLinear | FusedPart] = [model.query, model.key, model.value]
+    for module, size in zip(layers, SIZES, strict=True):
         assert (module.in_features, module.out_features) == (7, size)
         assert torch.equal(module.weight, model.query.fused_weight[start : start + size])
         assert module.bias is not None

@@ -32,7 +32,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_product(
 ) -> None:
     module, x = module_and_input(shape, 3, dtype, bias=bias)
     leaves = wide(module, x)
-    expected = low_rank_linear_reference(*leaves[:3], leaves[3] if bias else None)
+    wide_x, down, up = leaves[:3]
+    expected = low_rank_linear_reference(wide_x, down, up, leaves[3] if bias else None)
     actual = module(x)
     assert actual.dtype == dtype
     assert actual.shape == expected.shape

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import find_case
 
 from graphopt.capture import capture
-from graphopt.passes.base import Change, Context
+from graphopt.passes.base import Change, Context, replace_module
 from graphopt.passes.errors import PlanError
 from graphopt.passes.exact.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.manager import PassManager, apply_plan
@@ -64,7 +64,8 @@ def folded(model: nn.Module, example: Any) -> tuple[Program, Plan]:
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_function_stays_and_the_batch_norm_goes(name: str) -> None:
     layers, shape = PAIRS[name]
-    model = with_statistics(nn.Sequential(*copy.deepcopy(layers), nn.ReLU())).eval().double()
+    model = nn.Sequential(*copy.deepcopy(layers), nn.ReLU()).eval().double()
+    with_statistics(model)
     x = torch.randn(shape, dtype=torch.float64)
     dense = copy.deepcopy(model)
     program, plan = folded(model, x)
@@ -83,10 +84,11 @@ def test_the_function_stays_and_the_batch_norm_goes(name: str) -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_undoing_gives_an_ordinary_model_of_the_same_function(name: str) -> None:
     layers, shape = PAIRS[name]
-    model = with_statistics(nn.Sequential(*copy.deepcopy(layers))).eval()
+    model = nn.Sequential(*copy.deepcopy(layers)).eval()
+    with_statistics(model)
     keys = {key: value.shape for key, value in model.state_dict().items()}
     x = torch.randn(shape)
-    program, plan = folded(model, x)
+    _, plan = folded(model, x)
     with torch.no_grad():
         expected = model(x)
         FOLD.restore(model, plan.changes[0].change)
@@ -142,16 +144,18 @@ class Reused(nn.Module):
             nn.utils.parametrizations.weight_norm(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        if self.flaw == "branch":
-            return self.norm(y) + y
-        if self.flaw == "activation":
-            return self.norm(torch.relu(y)) + 0
+        y: Tensor = self.conv(x)
         if self.flaw == "twice":
-            return self.norm(self.conv(torch.relu(y)))
+            y = self.conv(torch.relu(y))
+        if self.flaw == "activation":
+            y = torch.relu(y)
+        z: Tensor = self.norm(y)
+        if self.flaw == "branch":
+            z = z + y
         if self.flaw == "read":
-            return self.norm(y) * self.conv.bias.sum()
-        return self.norm(y) + self.other(x)
+            z = z * self.conv.weight.sum()
+        other: Tensor = self.other(x)
+        return z + other
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,6 @@ def test_a_change_that_does_not_fit_is_refused(details: dict[str, Any], text: st
 
 
 def apply_to_another_model(change: Change) -> None:
-    model = nn.Module()
-    model.conv, model.norm = nn.Conv1d(4, 4, 3), nn.ReLU()
-    model.forward = lambda x: model.norm(model.conv(x))  # type: ignore[method-assign]
+    model = Reused("")
+    replace_module(model, "norm", nn.ReLU())
     FOLD.apply(capture(model.eval(), torch.randn(3, 4, 8)), change)
