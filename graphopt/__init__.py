@@ -1,3 +1,21 @@
 """An optimizing compiler for the cost of PyTorch models that already exist."""
 
+from graphopt.api import optimize, plan
+from graphopt.capture import capture
+from graphopt.export import export_onnx
+from graphopt.passes.plan import Plan
+from graphopt.passes.program import Program
+from graphopt.report import report
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "Program",
+    "__version__",
+    "capture",
+    "export_onnx",
+    "optimize",
+    "plan",
+    "report",
+]

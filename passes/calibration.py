@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .errors import InputError
 from .gram import GramAccumulator
 from .padding import padding_input
 from .program import Program, compile_graph
+from .sensitivity import sensitivity_function
 from .structure import flatten
 
 Progress = Callable[[str, int, int], None]
@@ -76,6 +78,66 @@ class Calibration:
         )
         return result
 
+    def weighted_statistics(
+        self, program: Program, node: tuple[fx.Node, int], unfold: Unfold | None, place: fx.Node
+    ) -> WeightedStatistics:
+        """Return the statistics of a layer's inputs, each row weighed by what the outputs lose.
+
+        Args:
+            program: The program as it is now.
+            node: The layer's input and its channel dimension.
+            unfold: As in `statistics`.
+            place: The node of the layer's output (see `sensitivity`).
+
+        Raises:
+            InputError: as `statistics`.
+        """
+        key = f"weighted statistics {node[0].name}/{node[1]} {place.name}"
+        result: WeightedStatistics = program.fact(
+            key, lambda current: self._collect_weighted(current, node, unfold, place, key)
+        )
+        return result
+
+    def _collect_weighted(
+        self,
+        program: Program,
+        node: tuple[fx.Node, int],
+        unfold: Unfold | None,
+        place: fx.Node,
+        key: str,
+    ) -> WeightedStatistics:
+        path = self._path(program, key)
+        if path is not None and path.exists():
+            state = load_file(path)
+            stored = GramAccumulator(state["sum_x"].numel(), state["sum_y"].numel())
+            stored.load_state_dict(state)
+            return WeightedStatistics(stored, state["metric"])
+        run = sensitivity_function(program, [node[0]], place)
+        mask_name = padding_input(program)
+        gram: GramAccumulator | None = None
+        metric = torch.zeros(())
+        with evaluation_mode(program.model):
+            for number, batch in enumerate(self._batches):
+                mask = batch.get(mask_name) if mask_name else None
+                (value,), gradient = run(program.model, bind(program, batch), mask)
+                rows = unfold(value) if unfold else value.movedim(node[1], -1)
+                rows = rows.reshape(-1, rows.shape[-1])
+                slopes = gradient.flatten(2).transpose(1, 2) if unfold else gradient
+                slopes = _thinned(slopes.reshape(-1, slopes.shape[-1]).double())
+                weights = slopes.square().sum(-1)
+                if gram is None:
+                    gram = GramAccumulator(rows.shape[-1], device=rows.device)
+                    metric = slopes.new_zeros(slopes.shape[-1], slopes.shape[-1])
+                gram.update(_thinned(rows), weights=weights)
+                metric += slopes.T @ slopes
+                if self._progress:
+                    self._progress(place.name, number + 1, self._count())
+        if gram is None or gram.count == 0:
+            raise InputError("the calibration data holds no batch; pass at least one")
+        if path is not None:
+            _save(path, {**gram.state_dict(), "metric": metric})
+        return WeightedStatistics(gram, metric)
+
     def _collect(
         self,
         program: Program,
@@ -110,10 +172,7 @@ class Calibration:
         if result is None or result.count == 0:
             raise InputError("the calibration data holds no batch; pass at least one")
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file(result.state_dict(), temporary)
-            temporary.replace(path)
+            _save(path, result.state_dict())
         return result
 
     def _count(self) -> int:
@@ -131,6 +190,19 @@ class Calibration:
             summary = parameter.detach().double().flatten()
             digest.update(f"{name}{summary.sum().item()}{summary.square().sum().item()}".encode())
         return self._store / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+@dataclass(frozen=True)
+class WeightedStatistics:
+    """Statistics whose rows are weighed by their effect on the model's outputs.
+
+    Attributes:
+        gram: Of the layer's inputs.
+        metric: Sum of the outer products of the gradients at its output [outputs, outputs].
+    """
+
+    gram: GramAccumulator
+    metric: torch.Tensor
 
 
 class Unfold:
@@ -196,6 +268,13 @@ def _partial_function(program: Program, nodes: Sequence[fx.Node]) -> Callable[..
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in nodes))
     return compile_graph(graph)
+
+
+def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary)
+    temporary.replace(path)
 
 
 def _thinned(rows: torch.Tensor) -> torch.Tensor:
