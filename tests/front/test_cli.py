@@ -163,15 +163,15 @@ def test_inspect_shows_the_program(source: Path) -> None:
 def test_export_is_verified_and_a_wrong_file_is_refused(
     source: Path, optimized: Path, tmp_path: Path
 ) -> None:
-    good, wrong = tmp_path / "good.onnx", tmp_path / "wrong.onnx"
-    written = printed_json("export", optimized, good)
+    file = tmp_path / "model.onnx"
+    written = printed_json("export", optimized, file)
     assert written["inputs"] == ["input_ids", "attention_mask"]
-    assert run("export", source, wrong, *SIZES).exit_code == 0
-    assert "equal to torch" in run("verify", optimized, good).stdout
-    assert "differs from torch" in refusal("verify", optimized, wrong)
-    result = run("verify", optimized, wrong, "--json")
+    assert "equal to torch" in run("verify", optimized, file).stdout
+    result = run("verify", source, file, *SIZES, "--json")
     assert result.exit_code == 1
-    assert "differs from torch" in json.loads(result.stdout)["failure"]
+    failure = json.loads(result.stdout)["failure"]
+    assert "differs from torch" in failure
+    assert result.stderr == f"graphopt: {file}: {failure}\n"
 
 
 def test_bench_compares_in_both_runtimes(source: Path, optimized: Path) -> None:
@@ -181,8 +181,6 @@ def test_bench_compares_in_both_runtimes(source: Path, optimized: Path) -> None:
     assert data["inputs"] == {"input_ids": [2, 16], "attention_mask": [2, 16]}
     assert isinstance(data["flops_ratio"], float)
     assert data["flops_ratio"] > 1.6
-    text = run("bench", source, optimized, "--repeats", 2, "--no-onnx", *SIZES).stdout
-    assert "dense / optimized" in text
 
 
 def test_densify_writes_an_ordinary_checkpoint(source: Path, tmp_path: Path) -> None:
@@ -200,6 +198,7 @@ def test_densify_writes_an_ordinary_checkpoint(source: Path, tmp_path: Path) -> 
 
 def test_bisect_finds_the_first_change_beyond_the_error(source: Path) -> None:
     options = ("--recipe", "prune-channels", "--budget", "60%", "--no-measure", *SIZES)
+    options += ("--ignore", "encoder.layer.1")
     bad = printed_json("bisect", source, "--max-error", 1e-9, *options)
     assert (bad["number"], bad["pass_name"]) == (1, "prune-channels")
     fine = run("bisect", source, "--max-error", 1e9, *options)
@@ -362,15 +361,17 @@ def test_weights_beyond_memory_are_noticed(source: Path, tmp_path: Path) -> None
 def test_a_process_prints_pure_json_and_nothing_else(source: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "graphopt.cli", "optimize", source, "-o", tmp_path / "out"),
+            *(sys.executable, "-m", "graphopt.cli", "optimize", source, "-o", "out"),
             *("--recipe", "exact", "--json", *SIZES),
         ],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
     )
     assert (result.returncode, result.stderr) == (0, "")
     data = json.loads(result.stdout)
-    assert (data["recipe"], data["path"]) == ("exact", str(tmp_path / "out"))
+    assert (data["recipe"], data["path"]) == ("exact", "out")
+    assert (tmp_path / "out" / "plan.json").exists()
 
 
 def test_help_loads_no_library_and_shows_examples() -> None:
