@@ -13,13 +13,11 @@ then reads the tensors: dense weights never exist, nothing is unpickled, no name
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from graphopt.passes.base import set_tensor
@@ -30,10 +28,11 @@ from graphopt.passes.program import Program
 from graphopt.passes.structure import map_tensors
 
 from .capture import capture
-from .dense_base import STRUCTURE_FILE, Base, BaseKind, meta_copy, read_base, write_base
+from .dense_base import STRUCTURE_FILE, Base, meta_copy, read_base, write_base
 from .densify import WEIGHTS_FILE, companions_of, densify, save_dense, stored_tensors
 from .files import (
     TensorHeader,
+    check_tensors,
     inside,
     new_directory,
     read_tensors,
@@ -42,40 +41,20 @@ from .files import (
     write_tensors,
 )
 from .hugging_face import CONFIG_FILE, copy_companions
+from .manifest import MANIFEST_FILE, Capture, Manifest, read_manifest
 from .plain_values import decode, encode
-from .runtime import install, installation_of
+from .runtime import install, install_parts, installation_of
 from .sources import Origin, remember
 
 __all__ = ["densify", "load", "save", "save_dense"]
 
 PLAN_FILE = "plan.json"
-MANIFEST_FILE = "graphopt.json"
 BUFFERS_FILE = "buffers.safetensors"
 EXAMPLE_FILE = "example.safetensors"
 _TENSOR_FILES = (WEIGHTS_FILE, BUFFERS_FILE, EXAMPLE_FILE)
 _CHECKED_FILES = (*_TENSOR_FILES, STRUCTURE_FILE)
 _OWN_FILES = frozenset({PLAN_FILE, MANIFEST_FILE, CONFIG_FILE, *_CHECKED_FILES})
-_SCHEMA_VERSION = 1
-_LARGEST_JSON_BYTES = 1 << 28
-_LISTED = 4
 _CONSTANT = "_graphopt_constant_"
-
-
-class _Manifest(BaseModel):
-    """What graphopt.json holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1] = _SCHEMA_VERSION
-    base: BaseKind
-    description: Any = None
-    dtype: str | None = None
-    call: Any
-    eager_refusal: str | None = None
-    aliases: dict[str, str] = Field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    sha256: dict[str, str] = Field(default_factory=dict)
 
 
 def save(
@@ -114,25 +93,31 @@ def save(
         example[name] = value.clone()
         return name
 
-    call = encode(installation.program.example, stored)
+    captures = {
+        name: Capture(
+            call=encode(part.program.example, stored),
+            rounding_modes=tuple(sorted(part.program.rounding_modes)),
+            eager_refusal=part.eager_refusal,
+        )
+        for name, part in _installed(model).items()
+    }
     floating = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
     with new_directory(directory, replaceable=_previous_files(directory)) as target:
         dense = densify(meta_copy(model))
         base, description = write_base(dense, type(dense), target, factory)
         (target / PLAN_FILE).write_text(installation.plan.to_json(), encoding="utf-8")
         write_tensors(target / WEIGHTS_FILE, tensors)
-        write_tensors(target / BUFFERS_FILE, _hidden_buffers(installation.program, model))
+        write_tensors(target / BUFFERS_FILE, _hidden_buffers(model))
         write_tensors(target / EXAMPLE_FILE, example)
         companions = Path(source) if source else companions_of(model)
         if base == "hugging-face" and companions is not None:
             copy_companions(companions, target, skip=_OWN_FILES)
         files = [str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()]
-        manifest = _Manifest(
+        manifest = Manifest(
             base=base,
             description=description,
             dtype=floating.pop().removeprefix("torch.") if len(floating) == 1 else None,
-            call=call,
-            eager_refusal=installation.eager_refusal,
+            captures=captures,
             aliases=aliases,
             frozen=tuple(n for n, p in model.named_parameters() if not p.requires_grad),
             files=(*sorted(files), MANIFEST_FILE),
@@ -157,15 +142,22 @@ def load(directory: str | Path, *, base: Base | None = None) -> nn.Module:
     if not directory.is_dir():
         raise CheckpointError(f"there is no directory {directory}; pass what graphopt.save wrote")
     plan = Plan.load(inside(directory, PLAN_FILE))
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
+    if set(manifest.captures) != set(plan.parts or {""}):
+        raise CheckpointError(
+            f"{MANIFEST_FILE} and {PLAN_FILE} in {directory} do not belong together; save the "
+            "model again"
+        )
     files = {name: inside(directory, name) for name in _TENSOR_FILES}
     stored = {name: tensor_headers(path) for name, path in files.items()}
     try:
         model = read_base(manifest.base, manifest.description, manifest.dtype, directory, base)
         _match_dtypes(model, {**stored[WEIGHTS_FILE], **stored[BUFFERS_FILE]})
-        example = decode(manifest.call, read_tensors(files[EXAMPLE_FILE]).__getitem__)
-        program = capture(model.eval(), map_tensors(example, lambda tensor: tensor.to("meta")))
-        apply_plan(program, plan)
+        tensors = read_tensors(files[EXAMPLE_FILE])
+        programs = {
+            name: _replayed(model.eval(), name, plan, capture_of, tensors)
+            for name, capture_of in manifest.captures.items()
+        }
     except GraphoptError:
         raise
     except Exception as error:
@@ -173,10 +165,10 @@ def load(directory: str | Path, *, base: Base | None = None) -> nn.Module:
             f"the files in {directory} do not fit each other: {type(error).__name__}: {error}; "
             "save the model again"
         ) from error
-    constants = _numbered_constants(program)
+    constants = _numbered_constants(programs)
     _drop_constants(model, keep=frozenset(constants.values()))
     hidden = _hidden_names(model)
-    _check_names(
+    check_tensors(
         {
             name: value
             for name, value in _named_tensors(model)
@@ -188,7 +180,7 @@ def load(directory: str | Path, *, base: Base | None = None) -> nn.Module:
     )
     others = {name: model.get_buffer(name) for name in hidden}
     others |= {number: model.get_buffer(name) for number, name in constants.items()}
-    _check_names(others, stored[BUFFERS_FILE], {}, files[BUFFERS_FILE])
+    check_tensors(others, stored[BUFFERS_FILE], {}, files[BUFFERS_FILE])
     for name, digest in manifest.sha256.items():
         if sha256_of(inside(directory, name)) != digest:
             raise CheckpointError(
@@ -198,42 +190,61 @@ def load(directory: str | Path, *, base: Base | None = None) -> nn.Module:
     for name, value in read_tensors(files[BUFFERS_FILE]).items():
         set_tensor(model, constants.get(name, name), value.clone())  # graphs may write to them
     _assign(model, read_tensors(files[WEIGHTS_FILE]), manifest)
-    program.example = example
-    program.modes = frozenset(plan.modes)
-    program.changed()
-    install(program, plan, eager_refusal=manifest.eager_refusal)
+    for name, program in programs.items():
+        part = _plan_of(plan, name)
+        program.modes = frozenset(part.modes)
+        program.rounding_modes = frozenset(manifest.captures[name].rounding_modes)
+        program.changed()
+        install(program, part, eager_refusal=manifest.captures[name].eager_refusal)
+    if "" not in programs:
+        install_parts(model, plan)
     if manifest.base == "hugging-face":
         remember(model, Origin("hugging-face", directory.absolute()))
     return model.eval()
 
 
+class _Part(NamedTuple):
+    program: Program
+    eager_refusal: str | None
+
+
+def _installed(model: nn.Module) -> dict[str, _Part]:
+    """Return the model's program under "", or those of its parts by their names."""
+    whole = installation_of(model)
+    assert whole is not None
+    if whole.program is not None:
+        return {"": _Part(whole.program, whole.eager_refusal)}
+    parts: dict[str, _Part] = {}
+    for name in whole.plan.parts:
+        part = installation_of(model.get_submodule(name))
+        assert part is not None
+        assert part.program is not None
+        parts[name] = _Part(part.program, part.eager_refusal)
+    return parts
+
+
+def _plan_of(plan: Plan, name: str) -> Plan:
+    return plan.parts[name] if name else plan
+
+
+def _replayed(
+    model: nn.Module, name: str, plan: Plan, made: Capture, tensors: Mapping[str, torch.Tensor]
+) -> Program:
+    """Capture the empty model, or a part of it, as it was captured, and make the plan's changes."""
+    example = decode(made.call, tensors.__getitem__)
+    empty = map_tensors(example, lambda tensor: tensor.to("meta"))
+    program = capture(model.get_submodule(name), empty)
+    apply_plan(program, _plan_of(plan, name))
+    program.example = example
+    return program
+
+
 def _previous_files(directory: Path) -> frozenset[str]:
     """Return the files of an earlier output in this directory, which may be replaced."""
     try:
-        return frozenset(_read_manifest(directory).files)
+        return frozenset(read_manifest(directory).files)
     except CheckpointError:
         return frozenset()
-
-
-def _read_manifest(directory: Path) -> _Manifest:
-    path = inside(directory, MANIFEST_FILE)
-    if path.stat().st_size > _LARGEST_JSON_BYTES:
-        raise CheckpointError(f"{path} is too large to be what graphopt writes")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > _SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{path} has schema version {version}, this graphopt reads up to "
-                f"{_SCHEMA_VERSION}; install a newer graphopt"
-            )
-        return _Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path} is damaged: {where}: {first['msg']}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -251,75 +262,50 @@ def _hidden_names(model: nn.Module) -> set[str]:
         for buffer in module._non_persistent_buffers_set
         if module._buffers.get(buffer) is not None
     }
-    return {name for name in names if not name.startswith(_CONSTANT)}
+    return {name for name in names if not _is_constant(name)}
 
 
-def _numbered_constants(program: Program) -> dict[str, str]:
-    """Return the graph's lifted constants by their number in the graph, with their names."""
-    names = dict.fromkeys(
-        str(node.target)
-        for node in program.graph.nodes
-        if node.op == "get_attr" and str(node.target).startswith(_CONSTANT)
-    )
-    return {f"{_CONSTANT}{number}": name for number, name in enumerate(names)}
+def _is_constant(name: str) -> bool:
+    return name.rpartition(".")[2].startswith(_CONSTANT)
+
+
+def _numbered_constants(programs: Mapping[str, Program]) -> dict[str, str]:
+    """Return the graphs' lifted constants by their number in the graph, with their names."""
+    constants: dict[str, str] = {}
+    for part, program in programs.items():
+        prefix = f"{part}." if part else ""
+        names = dict.fromkeys(
+            str(node.target)
+            for node in program.graph.nodes
+            if node.op == "get_attr" and _is_constant(str(node.target))
+        )
+        constants |= {f"{prefix}{_CONSTANT}{i}": prefix + name for i, name in enumerate(names)}
+    return constants
 
 
 def _drop_constants(model: nn.Module, keep: frozenset[str]) -> None:
-    """Remove lifted constants that the changed graph does not read."""
-    for name in [n for n in model._buffers if n.startswith(_CONSTANT) and n not in keep]:
-        delattr(model, name)
+    """Remove lifted constants that the changed graphs do not read."""
+    for name in [n for n, _ in model.named_buffers() if _is_constant(n) and n not in keep]:
+        parent, _, attribute = name.rpartition(".")
+        delattr(model.get_submodule(parent), attribute)
 
 
-def _hidden_buffers(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the values of non-persistent buffers and of the graph's constants, by name."""
-    values = {name: model.get_buffer(name) for name in _hidden_names(model)}
-    for number, name in _numbered_constants(program).items():
-        values[number] = model.get_buffer(name)
-    return {name: value.clone() for name, value in values.items()}
+def _hidden_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the values of non-persistent buffers and of the graphs' constants, by name."""
+    programs = {name: part.program for name, part in _installed(model).items()}
+    names = {name: name for name in _hidden_names(model)} | _numbered_constants(programs)
+    return {number: model.get_buffer(name).clone() for number, name in names.items()}
 
 
 def _match_dtypes(model: nn.Module, stored: Mapping[str, TensorHeader]) -> None:
     """Give the empty model's tensors the types of the stored ones, which capture depends on."""
     for name, value in _named_tensors(model):
-        if name in stored and stored[name].dtype != value.dtype:
-            set_tensor(model, name, torch.empty_like(value, dtype=stored[name].dtype))
+        wanted = stored[name].dtype if name in stored else value.dtype
+        if wanted != value.dtype and wanted.is_floating_point == value.is_floating_point():
+            set_tensor(model, name, torch.empty_like(value, dtype=wanted))
 
 
-def _check_names(
-    expected: Mapping[str, torch.Tensor],
-    stored: Mapping[str, TensorHeader],
-    aliases: Mapping[str, str],
-    path: Path,
-) -> None:
-    """Refuse a file whose tensors are not exactly the expected ones.
-
-    Raises:
-        CheckpointError: with the first names.
-    """
-    strange = [name for name, first in aliases.items() if first not in expected]
-    missing = [name for name in expected if name not in stored and name not in aliases]
-    unexpected = [name for name in stored if name not in expected or name in aliases]
-    unexpected += [name for name in aliases if name not in expected]
-    different = [
-        f"{name} is {stored[found].dtype} {list(stored[found].shape)} instead of "
-        f"{value.dtype} {list(value.shape)}"
-        for name, value in expected.items()
-        if (found := aliases.get(name, name)) in stored
-        and (stored[found].shape != tuple(value.shape) or stored[found].dtype != value.dtype)
-    ]
-    for what, names in (
-        ("lacks", [*missing, *strange]),
-        ("has unexpected tensors", unexpected),
-        ("does not fit the plan", different),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{path} {what}: {', '.join(names[:_LISTED])}"
-                f"{' ...' if len(names) > _LISTED else ''}; save the model again"
-            )
-
-
-def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], manifest: _Manifest) -> None:
+def _assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
     """Give the model its stored values; tied names share one parameter."""
     for name, value in tensors.items():
         set_tensor(model, name, value)

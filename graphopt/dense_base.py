@@ -22,7 +22,7 @@ from .files import inside
 from .hugging_face import CONFIG_FILE, empty_model, is_rebuildable, write_config
 from .module_tree import build, describe
 from .plain_values import named_dtype
-from .sources import call_factory, import_factory, origin_of
+from .sources import Origin, call_factory, import_factory, origin_of, remember
 
 BaseKind = Literal["hugging-face", "exported-program", "torch-modules", "factory", "given"]
 Base = nn.Module | Callable[[], nn.Module] | str
@@ -79,7 +79,9 @@ def read_base(
         inside(directory, CONFIG_FILE)
         model = empty_model(directory)
     elif kind == "exported-program":
-        model = model_of(read_exported(inside(directory, STRUCTURE_FILE)))
+        program = read_exported(inside(directory, STRUCTURE_FILE))
+        model = model_of(program)
+        remember(model, Origin("exported-program", exported=program))
     elif kind == "torch-modules":
         model = build(description)
     else:

@@ -34,10 +34,12 @@ def densify(model: nn.Module) -> nn.Module:
         raise PlanError(f"{type(model).__name__} is not optimized, so there is nothing to densify")
     dense = copy.deepcopy(model)
     uninstall(dense)
-    for record in reversed(installation.plan.changes):
-        pass_named(record.pass_name).restore(dense, record.change)
-    for name in [name for name in dense._buffers if name.startswith(_CONSTANTS)]:
-        delattr(dense, name)
+    for name, plan in {"": installation.plan, **installation.plan.parts}.items():
+        for record in reversed(plan.changes):
+            pass_named(record.pass_name).restore(dense.get_submodule(name), record.change)
+    for module in dense.modules():
+        for name in [name for name in module._buffers if name.startswith(_CONSTANTS)]:
+            delattr(module, name)
     return dense
 
 

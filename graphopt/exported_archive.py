@@ -171,17 +171,18 @@ def _is_size_expression(text: str) -> bool:
             isinstance(node.func, ast.Name) and _is_function(node.func.id)
         ):
             return False
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if not re.fullmatch(r"\w+", node.value):
-                return False
+        constant = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(constant, str) and not re.fullmatch(r"\w+", constant):
+            return False
     return True
 
 
 def _is_function(name: str) -> bool:
     """Say whether a name in a size expression is one of the sympy classes torch prints."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]
+    from torch.utils._sympy import functions
 
-    found = getattr(sympy, name, None) or getattr(torch.utils._sympy.functions, name, None)
+    found = getattr(sympy, name, None) or getattr(functions, name, None)
     return isinstance(found, type) and issubclass(found, sympy.Basic)
 
 

@@ -47,7 +47,8 @@ def model_of(program: ExportedProgram) -> ExportedModel:
         if node.op == "call_module" and node.target == _GUARDS:
             source.graph.erase_node(node)
     graph = fx.Graph()
-    graph.output(tuple(graph.graph_copy(inline_regions(source), {})))
+    results: Any = graph.graph_copy(inline_regions(source), {})
+    graph.output(tuple(results))
     model = ExportedModel()
     _make_layers(graph, source, model)
     _own_the_rest(graph, source, model)
@@ -107,10 +108,13 @@ def _signature(
     """Return the forward's signature; constants of the export are defaults."""
     constants: dict[str, Any] = {}
     specs = [s.arg for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
-    parts = [*program.call_spec.in_spec.child(0).children(), *program.call_spec.in_spec.child(1).children()]
+    parts = [
+        *program.call_spec.in_spec.child(0).children(),
+        *program.call_spec.in_spec.child(1).children(),
+    ]
     start = 0
     for name, part in zip([*positional, *keywords], parts, strict=True):
-        argument = specs[start]  if part.is_leaf() else None
+        argument = specs[start] if part.is_leaf() else None
         start += part.num_leaves
         if isinstance(argument, ConstantArgument):
             constants[name] = argument.value
@@ -123,9 +127,7 @@ def _signature(
         default = constants[name] if index >= required else kind.empty
         parameters.append(kind(name, kind.POSITIONAL_OR_KEYWORD, default=default))
     for name in keywords:
-        parameters.append(
-            kind(name, kind.KEYWORD_ONLY, default=constants.get(name, kind.empty))
-        )
+        parameters.append(kind(name, kind.KEYWORD_ONLY, default=constants.get(name, kind.empty)))
     return inspect.Signature(parameters)
 
 
@@ -153,7 +155,7 @@ def _make_layers(graph: fx.Graph, source: nn.Module, model: nn.Module) -> None:
 
 def _owner(node: fx.Node) -> str | None:
     """Return the one module whose tensors the node reads, or the module it came from."""
-    owners = {n.target.rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"}
+    owners = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"}
     if not owners:
         stack = node.meta.get("nn_module_stack") or {}
         path = next((p for p, _ in reversed(list(stack.values()))), "")
@@ -172,7 +174,7 @@ def _adopt(
     model: nn.Module, owner: str, layer: nn.Module, source: nn.Module, node: fx.Node
 ) -> bool:
     """Put a layer with the owner's tensors into the model; False if they do not fit."""
-    read = {n.target.rpartition(".")[2] for n in node.all_input_nodes if n.op == "get_attr"}
+    read = {str(n.target).rpartition(".")[2] for n in node.all_input_nodes if n.op == "get_attr"}
     names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     if read != names - {"num_batches_tracked"}:
         return False
@@ -321,7 +323,8 @@ def _convolution(node: fx.Node, given: dict[str, Any]) -> _Built:
         return None
     shape = _value(given["weight"]).shape
     dimensions = len(shape) - 2
-    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](
+    kinds: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layer: nn.Module = kinds[dimensions - 1](
         shape[1] * given["groups"],
         shape[0],
         tuple(shape[2:]),

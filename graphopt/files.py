@@ -16,6 +16,7 @@ import torch
 from graphopt.passes.errors import CheckpointError
 
 _CHUNK_BYTES = 1 << 22
+_LISTED = 4
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -184,3 +185,43 @@ def tensor_headers(path: Path) -> dict[str, TensorHeader]:
             f"{path} is not a complete safetensors file: {error}; write or copy it again"
         ) from error
     return headers
+
+
+def check_tensors(
+    expected: Mapping[str, torch.Tensor],
+    stored: Mapping[str, TensorHeader],
+    aliases: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Refuse a file whose tensors are not exactly the expected ones.
+
+    Args:
+        expected: Tensors by name; only shapes and types are read.
+        stored: What the file holds.
+        aliases: For each tied tensor, the name under which it is stored.
+        path: The file, for the error.
+
+    Raises:
+        CheckpointError: with the first names.
+    """
+    strange = [name for name, first in aliases.items() if first not in expected]
+    missing = [name for name in expected if name not in stored and name not in aliases]
+    unexpected = [name for name in stored if name not in expected or name in aliases]
+    unexpected += [name for name in aliases if name not in expected]
+    different = [
+        f"{name} is {stored[found].dtype} {list(stored[found].shape)} instead of "
+        f"{value.dtype} {list(value.shape)}"
+        for name, value in expected.items()
+        if (found := aliases.get(name, name)) in stored
+        and (stored[found].shape != tuple(value.shape) or stored[found].dtype != value.dtype)
+    ]
+    for what, names in (
+        ("lacks", [*missing, *strange]),
+        ("has unexpected tensors", unexpected),
+        ("does not fit the plan", different),
+    ):
+        if names:
+            raise CheckpointError(
+                f"{path} {what}: {', '.join(names[:_LISTED])}"
+                f"{' ...' if len(names) > _LISTED else ''}; save the model again"
+            )

@@ -6,6 +6,7 @@ attributes as JSON rebuild it without calling a constructor or unpickling.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -17,6 +18,8 @@ from graphopt.passes.errors import CheckpointError
 from .plain_values import decode, encode, named_dtype
 
 _PREFIX = "_graphopt_"
+_PACKAGE = "torch.nn.modules."
+_FILES = frozenset(name for name, value in vars(nn.modules).items() if inspect.ismodule(value))
 _OWN = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -45,7 +48,7 @@ def _describe(
     module: nn.Module, name: str, modules: dict[int, str], tensors: dict[int, str]
 ) -> dict[str, Any]:
     cls = type(module)
-    if getattr(nn, cls.__name__, None) is not cls:
+    if _class_named(_class_name(cls)) is not cls:
         raise CheckpointError(f"{name or 'the model'} is a {cls.__name__}, not a class of torch.nn")
     if id(module) in modules:
         return {"same": modules[id(module)]}
@@ -58,7 +61,7 @@ def _describe(
         return own[id(value)]
 
     return {
-        "class": cls.__name__,
+        "class": _class_name(cls),
         "attributes": {
             key: encode(value, reference)
             for key, value in vars(module).items()
@@ -76,6 +79,18 @@ def _describe(
             for key, child in module._modules.items()
         },
     }
+
+
+def _class_name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix(_PACKAGE)
+
+
+def _class_named(name: str) -> type[nn.Module] | None:
+    """Return a class of `torch.nn.modules` by file and name ("linear.Linear")."""
+    file, _, attribute = name.partition(".")
+    cls = getattr(getattr(nn.modules, file), attribute, None) if file in _FILES else None
+    own = isinstance(cls, type) and issubclass(cls, nn.Module) and _class_name(cls) == name
+    return cls if own else None
 
 
 def _is_weak(value: Any) -> bool:
@@ -105,8 +120,8 @@ def _build(
 ) -> nn.Module:
     if "same" in data:
         return modules[data["same"]]
-    cls = getattr(nn, data["class"], None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    cls = _class_named(data["class"])
+    if cls is None:
         raise CheckpointError(f"{data['class']!r} is not a class of torch.nn")
     module: nn.Module = cls.__new__(cls)
     nn.Module.__init__(module)

@@ -97,12 +97,13 @@ def test_a_directory_gives_the_class_that_its_configuration_names(
         (tmp_path / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     source = open_source(tmp_path)
-    assert type(source.model) is GPT2LMHeadModel
+    opened: Any = source.model
+    assert type(opened) is GPT2LMHeadModel
     assert not source.model.training
     assert source.kind == "hugging-face"
     assert source.directory == tmp_path
     assert origin_of(source.model) is source.origin
-    assert source.model.lm_head.weight is source.model.transformer.wte.weight
+    assert opened.lm_head.weight is opened.transformer.wte.weight
     assert equal_outputs(model, source.model, input_ids=torch.arange(12).view(2, 6))
 
 
