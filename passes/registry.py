@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -16,9 +16,23 @@ from .errors import ConfigError
 from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
 
+P = TypeVar("P", bound=Pass)
+
 _PASSES: dict[str, type[Pass]] = {
     cls.name: cls for cls in (FoldBatchNorm, FuseProjections, PruneChannels, FactorizeLowRank)
 }
+
+
+def register(cls: type[P], /) -> type[P]:
+    """Make a pass of your own known by its name, for recipes and for loading its plans.
+
+    Raises:
+        ConfigError: if another pass has this name.
+    """
+    if _PASSES.get(cls.name, cls) is not cls:
+        raise ConfigError(f"another pass is already called {cls.name!r}; choose another name")
+    _PASSES[cls.name] = cls
+    return cls
 
 
 def pass_names() -> tuple[str, ...]:
