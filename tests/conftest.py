@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Two test processes run side by side (`-n 2` in pyproject.toml), one core each.
+torch.set_num_threads(1)
+
 # Timings vary on shared machines, and a red test must stay red when run again.
 settings.register_profile("graphopt", deadline=None, derandomize=True)
 settings.load_profile("graphopt")
