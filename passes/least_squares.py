@@ -76,7 +76,7 @@ def kept_group_count(groups: int, share: float, round_to: int = 1) -> int:
         raise ValueError(f"expected 0 < share <= 1 and round_to >= 1, got {share} and {round_to}")
     if share == 1.0:
         return groups
-    # 0.3 * 10 is 2.999...96 in binary: a share that means a whole number must give that number.
+    # 0.29 * 100 is 28.999...96 in binary: a share that means a whole number must give that number.
     kept = int(groups * share + 1e-9) // round_to * round_to
     return min(groups, max(kept, round_to))
 
