@@ -75,6 +75,7 @@ def first_bad_change(
             return False
         installation = installation_of(result)
         assert installation is not None
+        assert installation.program is not None  # the whole model was captured above
         made[count] = installation.plan.changes
         actual = observe(installation.program, training=False, gradients=False).outputs
         difference = max(map(relative_error, actual, expected), default=0.0)

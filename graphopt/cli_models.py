@@ -62,7 +62,8 @@ def _read(path: Path, factory: str | None, meta: bool) -> OpenModel:
 
         model = load(path, base=factory)
         installation = installation_of(model)
-        return OpenModel(model, path, installation and installation.program.example)
+        program = installation.program if installation is not None else None
+        return OpenModel(model, path, program.example if program is not None else None)
     from .sources import open_source
 
     source = open_source(path, factory, device="meta" if meta else "cpu")

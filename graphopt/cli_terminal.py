@@ -150,17 +150,17 @@ def _quiet(verbose: bool) -> Iterator[None]:
     loaded = sys.modules.get("transformers.utils.logging")  # then it has read its variables
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    has_bars = loaded is not None and loaded.is_progress_bar_enabled()
-    if has_bars:
-        loaded.disable_progress_bar()
+    shown = loaded if loaded is not None and loaded.is_progress_bar_enabled() else None
+    if shown is not None:
+        shown.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
-        if has_bars:
-            loaded.enable_progress_bar()
+        if shown is not None:
+            shown.enable_progress_bar()
 
 
 def _finite(data: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +153,25 @@ def plan_report(plan: Plan, program: Program | None = None) -> Report:
             be counted as well.
     """
     costs = {} if program is None else _costs_by_layer(program)
-    kept = (
-        ReportRow(
+    return Report(
+        model_class=plan.model_class,
+        recipe=str(plan.recipe.get("name", "custom")),
+        rows=tuple(sorted(_rows(plan, costs), key=lambda row: row.decision == "refused")),
+        totals=plan.totals,
+        inputs={record.name: record.shape for record in plan.inputs},
+        notes=(
+            *plan.notes,
+            *(f"{name}: {note}" for name, part in plan.parts.items() for note in part.notes),
+        ),
+    )
+
+
+def _rows(plan: Plan, costs: Mapping[str, CostRecord], part: str = "") -> Iterator[ReportRow]:
+    """Yield the decisions of a plan, then those of its parts under their full names."""
+    for change in plan.changes:
+        yield ReportRow(
             pass_name=change.pass_name,
-            target=change.target,
+            target=part + change.target,
             decision="kept",
             reason=change.summary,
             before=change.before,
@@ -164,27 +179,18 @@ def plan_report(plan: Plan, program: Program | None = None) -> Report:
             predicted_error=change.predicted_error,
             measured_error=change.measured_error,
         )
-        for change in plan.changes
-    )
-    refused = (
-        ReportRow(
+    for miss in plan.misses:
+        cost = _cost_of(miss.target, costs)
+        yield ReportRow(
             pass_name=miss.pass_name,
-            target=miss.target,
+            target=part + miss.target,
             decision="refused",
             reason=miss.reason,
-            before=_cost_of(miss.target, costs),
-            after=_cost_of(miss.target, costs),
+            before=cost,
+            after=cost,
         )
-        for miss in plan.misses
-    )
-    return Report(
-        model_class=plan.model_class,
-        recipe=str(plan.recipe.get("name", "custom")),
-        rows=(*kept, *refused),
-        totals=plan.totals,
-        inputs={record.name: record.shape for record in plan.inputs},
-        notes=plan.notes,
-    )
+    for name, inner in plan.parts.items():
+        yield from _rows(inner, {}, f"{part}{name}.")
 
 
 def _costs_by_layer(program: Program) -> dict[str, CostRecord]:

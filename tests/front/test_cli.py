@@ -73,9 +73,9 @@ def optimized(source: Path) -> Path:
     rows = ({"text": " ".join(WORDS[2 + i : 12 + i])} for i in range(16))
     texts.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     output = source.parent / "out"
-    options = ("--recipe", "deploy", "--budget", "60%", "--calibration", texts, "--no-measure")
-    options += ("--calibration-store", source.parent / "statistics")
-    result = run("optimize", source, "-o", output, *options, *SIZES)
+    options = ("--recipe", "deploy", "--budget", "60%", "--no-measure")
+    data = ("--calibration", texts, "--calibration-store", source.parent / "statistics")
+    result = run("optimize", source, "-o", output, *options, *data, *SIZES)
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"written to {output}" in result.stdout
     assert list((source.parent / "statistics").glob("*.safetensors"))
@@ -198,10 +198,10 @@ def test_densify_writes_an_ordinary_checkpoint(source: Path, tmp_path: Path) -> 
 
 def test_bisect_finds_the_first_change_beyond_the_error(source: Path) -> None:
     options = ("--recipe", "prune-channels", "--budget", "60%", "--no-measure", *SIZES)
-    options += ("--ignore", "encoder.layer.1")
-    bad = printed_json("bisect", source, "--max-error", 1e-9, *options)
+    one_layer = ("--ignore", "encoder.layer.1")
+    bad = printed_json("bisect", source, "--max-error", 1e-9, *options, *one_layer)
     assert (bad["number"], bad["pass_name"]) == (1, "prune-channels")
-    fine = run("bisect", source, "--max-error", 1e9, *options)
+    fine = run("bisect", source, "--max-error", 1e9, *options, *one_layer)
     assert "together are fine" in fine.stdout
 
 

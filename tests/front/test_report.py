@@ -82,6 +82,13 @@ def test_a_plan_without_changes_says_so() -> None:
     assert "Nothing was changed." in str(plan_report(Plan(model_class="Sequential")))
 
 
+def test_the_parts_of_a_model_are_reported_under_their_full_names() -> None:
+    found = plan_report(Plan(notes=("only parts",), parts={"encoder": plan_of_one_layer()}))
+    assert [row.target for row in found.kept] == ["encoder.0"]
+    assert [row.target for row in found.refused] == ["encoder.2.weight (16 channels)", "encoder.3"]
+    assert found.notes == ("only parts", "encoder: dimension 1 of input is static")
+
+
 def test_an_optimized_model_reports_the_cost_of_what_was_left_alone() -> None:
     program = capture(model(), torch.randn(4, 16))
     optimized = install(program, plan_of_one_layer())
