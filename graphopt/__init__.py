@@ -2,6 +2,7 @@
 
 from graphopt.api import optimize, plan
 from graphopt.capture import capture
+from graphopt.checkpoint import densify, load, save
 from graphopt.export import export_onnx
 from graphopt.passes.plan import Plan
 from graphopt.passes.program import Program
@@ -14,8 +15,11 @@ __all__ = [
     "Program",
     "__version__",
     "capture",
+    "densify",
     "export_onnx",
+    "load",
     "optimize",
     "plan",
     "report",
+    "save",
 ]
