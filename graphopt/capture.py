@@ -133,7 +133,9 @@ def _compare_with_eager(program: Program) -> None:
             rounding.add(mode)
         where = "training" if training else "evaluation"
         without = "" if grad else " without gradients"
-        notes.append(f"in {where} mode{without} the eager forward runs: the graph {difference.text}")
+        notes.append(
+            f"in {where} mode{without} the eager forward runs: the graph {difference.text}"
+        )
     program.modes = frozenset(equal)
     program.rounding_modes = frozenset(rounding)
     program.notes = tuple(notes)

@@ -70,9 +70,7 @@ def emit(program: Program) -> Emission:
         sections.append(f"# {key}\n{graph.python_code('self').src.strip()}")
         for index, output in enumerate(outputs):
             copies[output] = (
-                call
-                if len(outputs) == 1
-                else root.call_function(operator.getitem, (call, index))
+                call if len(outputs) == 1 else root.call_function(operator.getitem, (call, index))
             )
     code = "\n\n".join([*sections, f"# model\n{root.python_code('self').src.strip()}"])
     return Emission(compile_graph(root), dict(blocks), code)
@@ -133,9 +131,7 @@ def _is_one_piece(nodes: list[fx.Node], position: dict[fx.Node, int]) -> bool:
     return all(position[user] > end for n in nodes for user in n.users if user not in inside)
 
 
-def _block_graph(
-    nodes: list[fx.Node], name: str
-) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
+def _block_graph(nodes: list[fx.Node], name: str) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
     """Copy a block's nodes into a graph of the block, with its inputs and outputs."""
     inside = set(nodes)
     inputs = list(

@@ -51,9 +51,7 @@ def inline_regions(module: fx.GraphModule) -> fx.Graph:
     return graph
 
 
-def _inline(
-    module: fx.GraphModule, node: fx.Node, body: Any, operands: list[Any]
-) -> list[fx.Node]:
+def _inline(module: fx.GraphModule, node: fx.Node, body: Any, operands: list[Any]) -> list[fx.Node]:
     subgraph = inline_regions(getattr(module, body.target))
     inputs = [n for n in subgraph.nodes if n.op == "placeholder"]
     mapping = dict(zip(inputs, operands, strict=True))

@@ -248,7 +248,11 @@ class _Lift:
         if self.device is None:
             assert self.device_input is not None
             self.device = self.graph.call_function(getattr, (self.device_input, "device"))
-            self.device.meta = {"val": self.device_input.meta["val"].device, "modules": ("",), "calls": ("",)}
+            self.device.meta = {
+                "val": self.device_input.meta["val"].device,
+                "modules": ("",),
+                "calls": ("",),
+            }
         return self.device
 
 

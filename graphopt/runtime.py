@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from graphopt.passes.calls import canonical_arguments, is_default
-from graphopt.passes.errors import PlanError
+from graphopt.passes.errors import InputError, PlanError
 from graphopt.passes.plan import Plan
 from graphopt.passes.program import Program
 from graphopt.passes.structure import Constant, Container, Leaf, Structure, flatten
@@ -151,7 +151,10 @@ def _subclass(original: type[nn.Module], members: dict[str, Any]) -> type[nn.Mod
 def _matcher(
     program: Program,
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[torch.Tensor] | None]:
-    """Return a function from a call to the graph's input tensors, None if it is another call."""
+    """Return a function from a call to the graph's input tensors, None if it is another call.
+
+    A call that does not even fit the signature is another call: the eager forward says so.
+    """
     signature = program.signature
     names = _argument_names(program.inputs)
     flat = _flat_arguments(program.inputs)
@@ -166,8 +169,15 @@ def _matcher(
     def match(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor] | None:
-        if flat is None or len(args) > len(positional) or kwargs.keys() & positional[: len(args)]:
-            arguments = canonical_arguments(signature, args, kwargs)
+        if len(args) > len(positional) and flat is not None:
+            return None
+        if kwargs.keys() & positional[: len(args)]:
+            return None
+        if flat is None:
+            try:
+                arguments = canonical_arguments(signature, args, kwargs)
+            except InputError:
+                return None
             if set(arguments) != names:
                 return None
             tensors, structure = flatten(arguments)

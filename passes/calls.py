@@ -93,6 +93,8 @@ def is_default(value: Any, default: Any) -> bool:
     """Say whether an argument is its parameter's default, or equal to it as a plain value."""
     if value is default:
         return True
-    return isinstance(value, (bool, int, float, str)) and type(value) is type(default) and (
-        value == default
+    return (
+        isinstance(value, (bool, int, float, str))
+        and type(value) is type(default)
+        and (value == default)
     )

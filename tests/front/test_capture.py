@@ -20,7 +20,9 @@ from graphopt.passes.verifier import preserved, relative_error, rounding_bound
 
 SIZES = ((1, 11), (3, 16), (5, 33))
 """Batch and sequence sizes other than those of the capture."""
-CALLS = [(case, labels) for case in CASES for labels in ((False, True) if case.labels else (False,))]
+CALLS = [
+    (case, labels) for case in CASES for labels in ((False, True) if case.labels else (False,))
+]
 
 
 @dataclass(frozen=True)
@@ -291,9 +293,7 @@ class NestedResult(nn.Module):
 
 def test_nested_arguments_and_results_keep_their_form() -> None:
     model = NestedResult().eval()
-    program = capture(
-        model, {"features": torch.randn(2, 6, 4), "scales": {"first": torch.ones(4)}}
-    )
+    program = capture(model, {"features": torch.randn(2, 6, 4), "scales": {"first": torch.ones(4)}})
     call = {"features": torch.randn(3, 9, 4), "scales": {"first": torch.full((4,), 2.0)}}
     assert program.accepts(flatten(call)[0])
     assert_same_result(program(**call), model(**call))
