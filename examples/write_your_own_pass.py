@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from torch import nn
+
+import graphopt
 from graphopt.passes.base import (
     Candidate,
     Change,
@@ -27,9 +30,6 @@ from graphopt.passes.facts import module_costs
 from graphopt.passes.program import Program
 from graphopt.passes.registry import register
 from graphopt.runtime import installation_of
-from torch import nn
-
-import graphopt
 
 
 @register

@@ -155,15 +155,11 @@ class _Job:
             tokenizer_dir=self.tokenizer,
         )
 
-    def manager(
-        self, program: Program, batches: Iterable[dict[str, Any]] | None
-    ) -> PassManager:
+    def manager(self, program: Program, batches: Iterable[dict[str, Any]] | None) -> PassManager:
         """Return the pipeline for a program."""
         calibration = None
         if batches is not None:
-            calibration = Calibration(
-                batches, store=self.calibration_store, progress=self.progress
-            )
+            calibration = Calibration(batches, store=self.calibration_store, progress=self.progress)
         context = Context(
             budget=self.recipe.budget,
             training=self.recipe.training,

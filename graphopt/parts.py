@@ -102,9 +102,7 @@ def _recorded_calls(model: nn.Module, arguments: dict[str, Any]) -> dict[str, di
 class PartBatches(Iterable[dict[str, Any]]):
     """A model's calibration batches as one of its parts sees them."""
 
-    def __init__(
-        self, model: nn.Module, name: str, batches: Iterable[Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, model: nn.Module, name: str, batches: Iterable[Mapping[str, Any]]) -> None:
         """Hold the model, the part's name and the model's batches."""
         self._model = model
         self._name = name

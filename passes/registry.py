@@ -101,7 +101,9 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
         pairs = [pair for pair in rest.removesuffix("}").split(",") if pair.strip()]
         if any("=" not in pair for pair in pairs):
             raise ConfigError(f"the options in {part!r} must be name=value, separated by commas")
-        options = {key.strip(): yaml.safe_load(value) for key, value in (p.split("=") for p in pairs)}
+        options = {
+            key.strip(): yaml.safe_load(value) for key, value in (p.split("=") for p in pairs)
+        }
         steps.append(pass_named(name.strip(), **options))
     return tuple(steps)
 

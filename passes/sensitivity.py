@@ -40,8 +40,7 @@ def sensitivity_function(
     results = [
         copies[node]
         for node in program.result.all_input_nodes
-        if isinstance(node.meta.get("val"), torch.Tensor)
-        and node.meta["val"].is_floating_point()
+        if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point()
     ]
     graph.output(([copies[node] for node in nodes], leaf, results))
     run = compile_graph(graph)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphopt.passes.verifier import rounding_bound
-from graphopt.runtime import installation_of
 from torch import nn
 
 import graphopt
+from graphopt.passes.verifier import rounding_bound
+from graphopt.runtime import installation_of
 
 
 @pytest.fixture(scope="module")
