@@ -68,7 +68,7 @@ class PassManager:
             before.size_bytes,
             before.parameters,
         )
-        claimed: set[str] = set()
+        claimed: dict[str, str] = {}
         for step in self._runnable(program):
             share = after_flops / max(before.flops, 1)
             context = self._remaining(share)
@@ -79,9 +79,8 @@ class PassManager:
             self._misses.extend(miss_record(miss) for miss in proposal.misses)
             for candidate in proposal.candidates:
                 owner = candidate.change.target
-                if owner in claimed or self._is_full():
+                if claimed.setdefault(owner, step.name) != step.name or self._is_full():
                     continue
-                claimed.add(owner)
                 self._changes.append(change_record(candidate, candidate.change, None))
                 after_flops -= candidate.before.flops - candidate.after.flops
                 after_bytes -= candidate.before.size_bytes - candidate.after.size_bytes

@@ -1,4 +1,4 @@
-"""The FLOPs a program would have with other axis sizes, before anything is changed."""
+"""FLOPs and parameters that a program would have with other axis sizes, nothing changed yet."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def flops_with(program: Program, sizes: Mapping[int, int]) -> int:
         if flops:
             total += flops * _ratio(axes, program, node, sizes)
     return round(total)
+
+
+def parameters_with(program: Program, sizes: Mapping[int, int]) -> int:
+    """Return how many parameters the program reads when axes, by number, have other sizes."""
+    axes = axes_of(program)
+    return sum(
+        prod(size_of(term, sizes) for term in axes.parameter(name))
+        for name in facts_of(program).weights
+    )
 
 
 def _ratio(axes: Axes, program: Program, node: fx.Node, sizes: Mapping[int, int]) -> float:

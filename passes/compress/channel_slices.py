@@ -52,19 +52,6 @@ def slice_details(program: Program, group: ChannelGroup, kept: list[int]) -> dic
     }
 
 
-def parameters_with(program: Program, group: ChannelGroup, size: int) -> int:
-    """Return how many parameters a group's tensors have when it has another size."""
-    total = 0
-    for name, dims in _dimensions(group).items():
-        tensor = attribute_of(program, name)
-        if isinstance(tensor, nn.Parameter):
-            count = tensor.numel()
-            for dim, member in dims.items():
-                count = count // tensor.shape[dim] * len(member.indices(range(size)))
-            total += count
-    return total
-
-
 def set_everywhere(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Set a tensor under all its names, so that tied weights stay tied."""
     names = shared_names(model, name)

@@ -22,7 +22,6 @@ from graphopt.passes.base import (
     State,
 )
 from graphopt.passes.compress.channel_slices import (
-    parameters_with,
     set_everywhere,
     slice_details,
     sliced,
@@ -42,7 +41,7 @@ from graphopt.passes.least_squares import (
 )
 from graphopt.passes.program import Program
 from graphopt.passes.ranges import parse_ranges
-from graphopt.passes.scaling import flops_with
+from graphopt.passes.scaling import flops_with, parameters_with
 
 _KINDS = ("heads", "hidden units", "channels")
 
@@ -121,7 +120,8 @@ class PruneChannels(Pass):
             for group in list(groups):
                 if sizes[group.axis] == group.size:
                     continue
-                candidate, reason = _measured(program, group, sizes[group.axis], context)
+                smaller = {g.axis: sizes[g.axis] for g in groups[: groups.index(group)]}
+                candidate, reason = _measured(program, group, smaller, sizes[group.axis], context)
                 candidates[group.axis] = candidate
                 if reason is not None:
                     misses.append(Miss(pass_name=self.name, target=_target(group), reason=reason))
@@ -410,12 +410,16 @@ def _magnitudes(program: Program, group: ChannelGroup) -> torch.Tensor:
 
 
 
-def _candidate(program: Program, group: ChannelGroup, size: int) -> Candidate:
+def _candidate(
+    program: Program, group: ChannelGroup, earlier: Mapping[int, int], size: int
+) -> Candidate:
+    """Return a candidate with what it saves once the axes before it have their new sizes."""
     facts = facts_of(program)
     nodes = dict.fromkeys(node for member in group.members for node in member.nodes)
     before = facts.cost(node for node in nodes if node in facts.nodes)
-    saved = total_cost(program).flops - flops_with(program, {group.axis: size})
-    removed = parameters_with(program, group, group.size) - parameters_with(program, group, size)
+    later = {**earlier, group.axis: size}
+    saved = flops_with(program, earlier) - flops_with(program, later)
+    removed = parameters_with(program, earlier) - parameters_with(program, later)
     width = before.size_bytes // max(before.parameters, 1)
     after = Cost(
         flops=before.flops - saved,
@@ -432,10 +436,14 @@ def _candidate(program: Program, group: ChannelGroup, size: int) -> Candidate:
 
 
 def _measured(
-    program: Program, group: ChannelGroup, size: int, context: Context
+    program: Program,
+    group: ChannelGroup,
+    earlier: Mapping[int, int],
+    size: int,
+    context: Context,
 ) -> tuple[Candidate, str | None]:
     """Return the candidate with its times, and why it is refused, None if it is not."""
-    candidate = _candidate(program, group, size)
+    candidate = _candidate(program, group, earlier, size)
     if context.costs is None:
         return candidate, None
     times = compare_sizes(program, group, size, context.costs, training=context.training)

@@ -1,0 +1,64 @@
+"""Every registered pass keeps the contract, on models that it can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import find_case, without_dropout
+
+from graphopt.passes.base import Context
+from graphopt.passes.registry import pass_named, pass_names
+from graphopt.testing import assert_pass_contract
+
+Build = Callable[[], nn.Module]
+
+
+def from_zoo(name: str) -> tuple[Build, Any, Any]:
+    """Return a builder, an example and, where the model takes them, an example with labels."""
+    case = find_case(name)
+
+    def call(labels: bool) -> Any:
+        args, kwargs = case.call(3, 9, labels=labels)
+        return kwargs or args
+
+    other = call(True) if case.labels is not None else None
+    return lambda: without_dropout(case.build()), call(False), other
+
+
+def normalized() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+MODELS: dict[str, tuple[Build, Any, Any]] = {
+    "convolutions": (normalized, torch.randn(3, 3, 8, 8), None),
+    **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "cnn")},
+}
+CASES: dict[str, tuple[str, ...]] = {
+    "fold-batch-norm": ("convolutions",),
+    "fuse-projections": ("llama",),
+    "prune-channels": ("bert-classifier", "gpt2", "llama", "cnn"),
+    "factorize-low-rank": ("bert-classifier",),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [(name, model) for name, models in CASES.items() for model in models]
+)
+def test_the_contract_holds(name: str, model: str) -> None:
+    step = pass_named(name)
+    build, example, other = MODELS[model]
+    budget = None if step.exact else 0.8
+    context = Context(budget=budget, training=not step.inference_only)
+    assert_pass_contract(step, build, example, context=context, other_example=other)
+
+
+def test_every_pass_is_covered() -> None:
+    assert set(CASES) == set(pass_names())
