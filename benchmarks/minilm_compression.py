@@ -13,11 +13,15 @@ Torch-Pruning: `pip install --no-deps torch-pruning==1.6.1`.
 
 from __future__ import annotations
 
+import copy
 import csv
-from collections.abc import Callable, Iterator
+import json
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +30,11 @@ from torch import nn
 
 import graphopt
 from graphopt.bench import bench
+from graphopt.datasets import Batches, open_batches
 from graphopt.environment import environment, write_csv
 from graphopt.passes.compress.prune_channels import PruneChannels
 from graphopt.passes.facts import total_cost
+from graphopt.runtime import uninstall
 
 _EVALUATED = slice(1000, 2000)
 _LENGTH = 128
@@ -47,38 +53,7 @@ class Row:
     onnx_ratio: float | None
 
 
-class Texts:
-    """Tokenised batches of texts, as often as one asks for them."""
-
-    def __init__(self, tokenizer: Any, texts: list[str]) -> None:
-        """Tokenise every text once."""
-        self._batches = [
-            {
-                name: tokens[name]
-                for tokens in [
-                    tokenizer(
-                        texts[start : start + 32],
-                        padding=True,
-                        truncation=True,
-                        max_length=_LENGTH,
-                        return_tensors="pt",
-                    )
-                ]
-                for name in ("input_ids", "attention_mask")
-            }
-            for start in range(0, len(texts), 32)
-        ]
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the batches."""
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self._batches)
-
-
-def embeddings(model: nn.Module, texts: Texts) -> torch.Tensor:
+def embeddings(model: nn.Module, texts: Batches) -> torch.Tensor:
     """Return mean-pooled sentence embeddings [texts, width]."""
     pooled = []
     with torch.no_grad():
@@ -90,18 +65,16 @@ def embeddings(model: nn.Module, texts: Texts) -> torch.Tensor:
 
 
 def torch_pruning(
-    model: nn.Module, example: dict[str, torch.Tensor], budget: float, calibration: Texts | None
+    model: Any, example: dict[str, torch.Tensor], budget: float, calibration: Batches | None
 ) -> nn.Module:
     """Prune heads and feed-forward units with Torch-Pruning, to the largest share in the budget."""
-    import copy
-
     import torch_pruning as tp
 
     dense = total_cost(graphopt.capture(model, example)).flops
     low, high, best = 0.0, 1.0, None
     for _ in range(7):
         ratio = (low + high) / 2
-        candidate = copy.deepcopy(model)
+        candidate: Any = copy.deepcopy(model)
         layers = candidate.encoder.layer
         if calibration is not None:
             for batch in calibration:
@@ -147,7 +120,7 @@ def torch_pruning(
         else:
             low = ratio
     assert best is not None, "no pruning ratio met the budget"
-    return best
+    return cast("nn.Module", best)
 
 
 def main(
@@ -163,13 +136,19 @@ def main(
     if not data.exists():
         typer.echo(f"{data} is missing; see the docstring for where it comes from")
         raise typer.Exit(0)
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     dense = AutoModel.from_pretrained(model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
     with data.open(newline="", encoding="utf-8") as file:
         rows = [f"{row[1]} {row[2]}" for row in csv.reader(file)]
-    calibration, evaluated = Texts(tokenizer, rows[:texts]), Texts(tokenizer, rows[_EVALUATED])
+    calibration, evaluated = (
+        open_batches(
+            _write_texts(chosen),
+            model_arguments=("input_ids", "attention_mask"),
+            tokenizer_dir=model,
+        )
+        for chosen in (rows[:texts], rows[_EVALUATED])
+    )
     ones = torch.ones(32, _LENGTH, dtype=torch.long)
     example = {"input_ids": ones * 2000, "attention_mask": ones}
     reference = embeddings(dense, evaluated)
@@ -186,12 +165,15 @@ def main(
                 measure=False,
             )
 
+        def theirs(data: Batches | None, budget: float = budget) -> nn.Module:
+            return torch_pruning(dense, example, budget, data)
+
         runs: dict[str, Callable[[], nn.Module]] = {
-            "graphopt magnitude": lambda: ours(scores="magnitude", repair=False),
-            "graphopt OBS": lambda: ours(scores="obs", repair=False),
-            "graphopt OBS + repair": lambda: ours(scores="obs", repair=True),
-            "Torch-Pruning magnitude": lambda b=budget: torch_pruning(dense, example, b, None),
-            "Torch-Pruning Taylor": lambda b=budget: torch_pruning(dense, example, b, calibration),
+            "graphopt magnitude": partial(ours, scores="magnitude", repair=False),
+            "graphopt OBS": partial(ours, scores="obs", repair=False),
+            "graphopt OBS + repair": partial(ours, scores="obs", repair=True),
+            "Torch-Pruning magnitude": partial(theirs, None),
+            "Torch-Pruning Taylor": partial(theirs, calibration),
         }
         for method, build in runs.items():
             if methods not in method:
@@ -216,12 +198,14 @@ def main(
             typer.echo(f"{row}")
 
 
+def _write_texts(texts: list[str]) -> Path:
+    path = Path(tempfile.mkdtemp()) / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return path
+
+
 def _plain(model: nn.Module) -> nn.Module:
     """Return a model as its own class again, so that it can be captured anew."""
-    import copy
-
-    from graphopt.runtime import uninstall
-
     result = copy.deepcopy(model)
     uninstall(result)
     return result
