@@ -51,7 +51,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     """
     arguments = call_arguments(model, example_inputs)
     with preserved(model):
-        program = _trace_program(model, _with_two_rows(arguments))
+        program = _trace_rows(model, arguments)
         if not any(p.is_meta for p in model.parameters()):
             _compare_with_eager(program)
     return program
@@ -66,6 +66,17 @@ def call_arguments(model: nn.Module, example_inputs: Any = None) -> dict[str, An
     if example_inputs is None:
         return canonical_arguments(signature_of(model), (), infer_inputs(model))
     return example_arguments(model, example_inputs)
+
+
+def _trace_rows(model: nn.Module, arguments: dict[str, Any]) -> Program:
+    """Trace with two rows where the example has one, unless the model takes one row only."""
+    rows = _with_two_rows(arguments)
+    try:
+        return _trace_program(model, rows)
+    except CaptureError:
+        if rows is arguments:
+            raise
+    return _trace_program(model, arguments)
 
 
 def _trace_program(model: nn.Module, arguments: dict[str, Any]) -> Program:
@@ -100,7 +111,7 @@ def _trace(model: nn.Module, arguments: dict[str, Any]) -> tuple[Trace, list[str
     try:
         symbolic = fx.symbolic_trace(model)
         return trace(symbolic, arguments), [f"traced symbolically first, because {reason}"]
-    except Exception:  # noqa: BLE001 - symbolic_trace raises any type; the first reason counts
+    except Exception:  # symbolic_trace raises any type; the first reason counts
         raise reason from reason.__cause__
 
 
@@ -110,9 +121,10 @@ def _with_two_rows(arguments: dict[str, Any]) -> dict[str, Any]:
     sizes = [tensor.shape[0] for tensor in tensors if tensor.dim()]
     if not sizes or max(sizes) != 1:
         return arguments
-    return map_tensors(
+    rows: dict[str, Any] = map_tensors(
         arguments, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor
     )
+    return rows
 
 
 def _compare_with_eager(program: Program) -> None:
@@ -160,7 +172,7 @@ def _difference(program: Program) -> _Difference | None:
     expected = _observed(program.model, lambda: eager_forward(program.model)(*args, **kwargs))
     try:
         actual = _observed(program.model, lambda: program.outputs.rebuild(program.run(*tensors)))
-    except Exception as error:  # noqa: BLE001 - any failure of the graph means: do not use it
+    except Exception as error:  # any failure of the graph means: do not use it
         text = str(error).splitlines()[0] if str(error) else ""
         return _Difference(f"fails: {type(error).__name__}: {text}")
     difference = _compare(actual, expected)

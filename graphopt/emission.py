@@ -55,10 +55,10 @@ def emit(program: Program) -> Emission:
     blocks: dict[str, list[Callable[..., Any]]] = defaultdict(list)
     sections: list[str] = []
     for node in order:
-        key = owner.get(node)
-        if key is None:
+        if node not in owner:
             copies[node] = root.node_copy(node, copies.__getitem__)
             continue
+        key = owner[node]
         if node is not last[key]:
             continue
         name, _, _ = key.partition("@")

@@ -56,9 +56,8 @@ def _inline(module: fx.GraphModule, node: fx.Node, body: Any, operands: list[Any
     inputs = [n for n in subgraph.nodes if n.op == "placeholder"]
     mapping = dict(zip(inputs, operands, strict=True))
     with module.graph.inserting_before(node):
-        result = module.graph.graph_copy(subgraph, mapping)
-    outputs: list[fx.Node] = list(result) if isinstance(result, (tuple, list)) else [result]
-    return outputs
+        result: Any = module.graph.graph_copy(subgraph, mapping)
+    return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
 def _detached(graph: fx.Graph, node: fx.Node, output: fx.Node) -> fx.Node:
@@ -73,6 +72,7 @@ def _detached(graph: fx.Graph, node: fx.Node, output: fx.Node) -> fx.Node:
 def _replace(graph: fx.Graph, node: fx.Node, outputs: list[fx.Node]) -> None:
     for user in list(node.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(outputs[user.args[1]])
+        index: Any = user.args[1]
+        user.replace_all_uses_with(outputs[index])
         graph.erase_node(user)
     graph.erase_node(node)

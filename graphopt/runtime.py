@@ -130,8 +130,9 @@ def _subclass(original: type[nn.Module], members: dict[str, Any]) -> type[nn.Mod
     members["_graphopt_original_class"] = original
 
     def copied(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        make, arguments, state, *_ = original.__reduce_ex__(self, 4)
-        twin: Any = make(*arguments)  # type: ignore[operator]  # a reduction may be a string
+        reduced: Any = original.__reduce_ex__(self, 4)
+        make, arguments, state, *_ = reduced
+        twin: Any = make(*arguments)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(state, memo))
         return cast(nn.Module, twin)

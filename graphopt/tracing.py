@@ -10,8 +10,8 @@ import inspect
 import logging
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -107,7 +107,8 @@ def trace(model: nn.Module, arguments: dict[str, Any]) -> Trace:
     if groups:
         attempts.append(set())
     reason: Exception | None = None
-    for attempt, paths in product(attempts, (_as_in_eager, nullcontext)):
+    contexts: tuple[Callable[[], AbstractContextManager[None]], ...] = (_as_in_eager, nullcontext)
+    for attempt, paths in product(attempts, contexts):
         outputs: list[Structure] = []
         wrapper = _FlatCall(model, signature_of(model), inputs, outputs)
         shapes = _dynamic_shapes(tensors, {group: groups[group] for group in attempt})
@@ -116,7 +117,7 @@ def trace(model: nn.Module, arguments: dict[str, Any]) -> Trace:
                 exported = torch.export.export(
                     wrapper, tuple(tensors), dynamic_shapes=(shapes,), strict=False
                 )
-        except Exception as error:  # noqa: BLE001 - the exporter raises any type of error
+        except Exception as error:  # the exporter raises any type of error
             reason = reason or error
             continue
         result = Trace(exported, outputs[-1], names, leaf_calls)
@@ -224,7 +225,7 @@ def _as_in_eager() -> Iterator[None]:
     Models ask `is_exporting` to replace, for instance, causal attention by attention with an
     explicit mask: equal outputs, but gradients that are not equal to the last bit.
     """
-    with mock.patch.object(torch.compiler, "is_exporting", lambda: False):
+    with mock.patch.object(torch.compiler, "is_exporting", return_value=False):
         yield
 
 

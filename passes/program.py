@@ -95,7 +95,7 @@ class Program:
         self.outputs = outputs
         self.example = example
         self.notes = notes
-        self.modes: frozenset[Mode] = frozenset(product((True, False), repeat=2))
+        self.modes: frozenset[Mode] = frozenset(product((True, False), (True, False)))
         self.rounding_modes = self.modes
         self.dtype = _float_dtype(model)
         self.ranges = ranges
@@ -115,7 +115,7 @@ class Program:
     @property
     def result(self) -> fx.Node:
         """The output node."""
-        return next(iter(reversed(self.graph.nodes)))
+        return self.graph.output_node()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph like the model: same arguments, same result type.

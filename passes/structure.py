@@ -68,7 +68,7 @@ class Instance:
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """Return a fresh object of the same class, without calling its constructor."""
-        instance = self.kind.__new__(self.kind)
+        instance: Any = object.__new__(self.kind)
         for name, child in zip(self.names, self.children, strict=True):
             instance.__dict__[name] = child.rebuild(tensors)
         return instance
@@ -87,7 +87,7 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
         The tensors from left to right, and a structure with `rebuild(tensors)`; two values of the
         same form have equal structures.
     """
-    tensors: list[torch.Tensor] = []
+    tensors: list[Any] = []
 
     def visit(item: Any) -> Structure:
         if isinstance(item, _TRACED):

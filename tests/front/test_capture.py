@@ -298,3 +298,26 @@ def test_nested_arguments_and_results_keep_their_form() -> None:
     assert program.accepts(flatten(call)[0])
     assert_same_result(program(**call), model(**call))
     assert program(**call)[1]["length"] == 9
+
+
+class OneRow(nn.Module):
+    """Takes a batch of one row only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.shape[0] != 1:
+            raise ValueError("one row at a time")
+        result: Tensor = self.layer(features)
+        return result
+
+
+def test_a_model_for_one_row_is_captured_with_one() -> None:
+    model = OneRow().eval()
+    program = capture(model, torch.randn(1, 4))
+    assert program.notes == ("dimension 0 of features is static at 1",)
+    features = torch.randn(1, 4)
+    assert program.accepts([features])
+    assert torch.equal(program(features), model(features))

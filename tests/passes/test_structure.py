@@ -9,7 +9,7 @@ import torch
 
 from graphopt.passes.structure import flatten, map_tensors, tensor_names
 
-Pair = namedtuple("Pair", ["first", "second"])  # noqa: PYI024 - the untyped form is what is tested
+Pair = namedtuple("Pair", ["first", "second"])  # the untyped form is what is tested
 
 
 class Cache:
