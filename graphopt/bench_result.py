@@ -142,4 +142,5 @@ class BenchResult:
 
 def _spread(middle: float, low: float, high: float, precision: str) -> str:
     suffix = f" ({precision})" if precision else ""
-    return f"{middle:.3g} [{low:.3g}, {high:.3g}]{suffix}"
+    texts = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (middle, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]{suffix}"

@@ -306,7 +306,9 @@ def _pair(
 
 
 def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _error(value: float | None) -> str:
