@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -63,7 +64,7 @@ def main(
             same = torch.equal(graph(**inputs)[0], eager(**inputs)[0])
             if not same or not program.accepts(list(inputs.values())):
                 raise typer.BadParameter(f"the graph is not the model at length {length}")
-            times = _paired_ms(lambda: eager(**inputs), lambda: graph(**inputs), pairs)  # noqa: B023
+            times = _paired_ms(partial(eager, **inputs), partial(graph, **inputs), pairs)
         row = Row(
             model="all-MiniLM-L6-v2" if model is None else directory.name,
             batch=1,
@@ -75,8 +76,8 @@ def main(
         )
         rows.append(row)
         typer.echo(
-            f"length {length}: eager {row.eager_processor_ms:.3f} ms, graph {row.graph_processor_ms:.3f} ms, "
-            f"overhead {100 * row.overhead:+.1f} %"
+            f"length {length}: eager {row.eager_processor_ms:.3f} ms, "
+            f"graph {row.graph_processor_ms:.3f} ms, overhead {100 * row.overhead:+.1f} %"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_csv(output, rows, environment())
