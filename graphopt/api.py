@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,19 +14,23 @@ from torch import nn
 
 from graphopt.passes.base import Context, Pass, parse_share
 from graphopt.passes.calibration import Calibration
-from graphopt.passes.calls import signature_of
+from graphopt.passes.calls import expand_arguments, signature_of
 from graphopt.passes.costs import Costs
 from graphopt.passes.errors import CaptureError, ConfigError
 from graphopt.passes.manager import PassManager
 from graphopt.passes.plan import CostRecord, Plan, Totals
 from graphopt.passes.program import Program
-from graphopt.passes.verifier import Verifier
+from graphopt.passes.stopwatch import interleaved_ms
+from graphopt.passes.structure import flatten
+from graphopt.passes.verifier import Verifier, preserved
 
 from .capture import call_arguments, capture
 from .datasets import open_batches
 from .parts import PartBatches, capture_parts
 from .recipes import Recipe, load_recipe
 from .runtime import install, install_parts, installation_of
+
+_TOTAL_BUDGET_S = 1.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,6 +95,8 @@ def optimize(
         return _optimize_parts(target, example_inputs, job, str(error))
     made = job.manager(program, job.batches(target)).run(program)
     refusal = Verifier(program, training=False).eager_refusal()
+    if measure and not inplace and made.changes:
+        made = _timed(made, model, program)
     return install(program, _finished(made, job.recipe), eager_refusal=refusal)
 
 
@@ -219,6 +226,27 @@ def _sum(costs: Sequence[CostRecord]) -> CostRecord:
         size_bytes=sum(cost.size_bytes for cost in costs),
         parameters=sum(cost.parameters for cost in costs),
     )
+
+
+def _timed(made: Plan, dense: nn.Module, program: Program) -> Plan:
+    """Return the plan with the whole model's times on the example: inference, in turns."""
+    if made.totals is None or any(p.is_meta for p in dense.parameters()):
+        return made
+    args, kwargs = expand_arguments(program.signature, program.example)
+    tensors, _ = flatten(program.example)
+    with preserved(dense), preserved(program.model), torch.no_grad():
+        dense.eval()
+        program.model.eval()
+        before, after = interleaved_ms(
+            (lambda: dense(*args, **kwargs), lambda: program.run(*tensors)),
+            tensors[0].device,
+            _TOTAL_BUDGET_S,
+        )
+    totals = Totals(
+        before=made.totals.before.model_copy(update={"latency_ms": median(before)}),
+        after=made.totals.after.model_copy(update={"latency_ms": median(after)}),
+    )
+    return made.model_copy(update={"totals": totals})
 
 
 def _refuse_optimized(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +53,7 @@ class Calibration:
         self._batches = batches
         self._store = store
         self._progress = progress
+        self._digest: str | None = None
 
     def statistics(
         self, program: Program, nodes: Sequence[tuple[fx.Node, int]], unfold: Unfold | None = None
@@ -178,14 +178,22 @@ class Calibration:
     def _count(self) -> int:
         return operator.length_hint(self._batches)
 
+    def _fingerprint(self) -> str:
+        """Return a digest of all batches, made once."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for batch in self._batches:
+                for tensor in flatten(dict(batch))[0]:
+                    digest.update(str(tensor.shape).encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            self._digest = digest.hexdigest()
+        return self._digest
+
     def _path(self, program: Program, key: str) -> Path | None:
         """Name a statistic by what it depends on: the place, the batches and the weights before."""
         if self._store is None:
             return None
-        digest = hashlib.sha256(json.dumps([key, self._count()]).encode())
-        first = next(iter(self._batches), {})
-        for tensor in flatten(dict(first))[0]:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(f"{key} {self._fingerprint()}".encode())
         for name, parameter in program.model.named_parameters():
             summary = parameter.detach().double().flatten()
             digest.update(f"{name}{summary.sum().item()}{summary.square().sum().item()}".encode())
