@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import yaml
@@ -66,11 +67,18 @@ def pass_named(name: str, **options: Any) -> Pass:
             known = ", ".join(sorted(fields)) or "none"
             raise ConfigError(f"{name} has no option {option!r}; its options are: {known}")
         default = fields[option].default
-        if default is not None and not isinstance(value, (type(default), int)):
+        if default is not None and not _fits(value, default):
             raise ConfigError(
                 f"the option {option} of {name} must be {type(default).__name__}, got {value!r}"
             )
     return cls(**options)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Say whether a value has the type of a default; a whole number is a float too."""
+    if isinstance(value, bool) or isinstance(default, bool):
+        return type(value) is type(default)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
 
 
 def options_of(step: Pass) -> dict[str, Any]:
@@ -99,13 +107,22 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
         if brace and not rest.endswith("}"):
             raise ConfigError(f"the pipeline step {part!r} lacks its closing brace")
         pairs = [pair for pair in rest.removesuffix("}").split(",") if pair.strip()]
-        if any("=" not in pair for pair in pairs):
+        if any(pair.count("=") != 1 for pair in pairs):
             raise ConfigError(f"the options in {part!r} must be name=value, separated by commas")
-        options = {
-            key.strip(): yaml.safe_load(value) for key, value in (p.split("=") for p in pairs)
-        }
+        options = {key.strip(): _value(value, part) for key, value in (p.split("=") for p in pairs)}
         steps.append(pass_named(name.strip(), **options))
     return tuple(steps)
+
+
+def _value(text: str, part: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value {text!r} in {part!r} cannot be read") from error
+    if isinstance(value, str):
+        with suppress(ValueError):  # YAML 1.1 takes 1e-05 for text
+            return float(value)
+    return value
 
 
 def _format_options(options: Mapping[str, Any]) -> str:
