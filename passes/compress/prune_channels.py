@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from graphopt.passes.axes import ChannelGroup, axes_of
+from graphopt.passes.axes import ChannelGroup, Member, axes_of
 from graphopt.passes.axis_sizes import attributes_with, resize_arguments
 from graphopt.passes.base import (
     Candidate,
@@ -38,10 +38,12 @@ from graphopt.passes.least_squares import (
     magnitude_scores,
     obs_scores,
     select_groups,
+    weigh_outputs,
 )
 from graphopt.passes.program import Program
 from graphopt.passes.ranges import parse_ranges
 from graphopt.passes.scaling import flops_with, parameters_with
+from graphopt.passes.sensitivity import reaches_outputs
 
 _KINDS = ("heads", "hidden units", "channels")
 
@@ -57,7 +59,8 @@ class PruneChannels(Pass):
     Units are hidden units of feed-forward blocks, attention heads (with grouped queries: a
     key/value head and its query heads) and convolution channels, found as coupled groups by
     dataflow (`axes`). Without data they are scored by magnitude; with calibration data by OBS,
-    eliminated one after the other on the already pruned prefix, and the layer behind them is
+    rows and errors weighed by what the model's outputs lose (`sensitivity`), eliminated one after
+    the other on the already pruned prefix, and the layer behind them is
     refitted by least squares, the bias absorbing means (`least_squares.fit_linear`). The same
     share is kept in all groups, the largest that meets the budget; `Context.keep` overrides it
     by pattern.
@@ -143,9 +146,7 @@ class PruneChannels(Pass):
         kept = self._select(program, group, count, context)
         error = self._predicted_error(program, group, kept, context)
         details = slice_details(program, group, kept)
-        return replace(
-            candidate, change=replace(change, details=details), predicted_error=error
-        )
+        return replace(candidate, change=replace(change, details=details), predicted_error=error)
 
     def transfer(self, program: Program, change: Change, context: Context) -> State:
         """Slice every member; refit the consumers where there is calibration data."""
@@ -302,13 +303,20 @@ class PruneChannels(Pass):
         """Return covariance, stacked weights and channels per unit, unit by unit in order."""
         assert context.calibration is not None
         first = contractions[0]
-        statistics = context.calibration.statistics(program, first.inputs, first.unfold)
         member = _member(group, first)
         channels = [index for unit in member.units() for index in unit]
         order = first.columns(channels)
         weight = torch.cat(
             [c.matrix(attribute_of(program, c.parameter).detach())[:, order] for c in contractions]
         )
+        place = _place(program, member) if len(contractions) == 1 else None
+        if place is None:
+            statistics = context.calibration.statistics(program, first.inputs, first.unfold)
+        else:
+            weighted = context.calibration.weighted_statistics(
+                program, first.inputs[0], first.unfold, place
+            )
+            statistics, weight = weighted.gram, weigh_outputs(weight, weighted.metric)
         covariance = statistics.covariance[order][:, order]
         return covariance, weight, len(order) // group.size
 
@@ -322,7 +330,14 @@ class PruneChannels(Pass):
     ) -> LinearFit:
         """Refit a consumer on its kept inputs; without a bias, through the origin."""
         assert context.calibration is not None
-        statistics = context.calibration.statistics(program, contraction.inputs, contraction.unfold)
+        place = _place(program, _member(group, contraction))
+        statistics = (
+            context.calibration.statistics(program, contraction.inputs, contraction.unfold)
+            if place is None
+            else context.calibration.weighted_statistics(
+                program, contraction.inputs[0], contraction.unfold, place
+            ).gram
+        )
         bias = None
         if contraction.bias is not None:
             bias = attribute_of(program, contraction.bias).detach()
@@ -341,7 +356,7 @@ class PruneChannels(Pass):
         if context.calibration is None or not self.repair:
             return None
         errors = [
-            self._fitted(program, group, contraction, kept, context).relative_error**0.5
+            self._fitted(program, group, contraction, kept, context).relative_error ** 0.5
             for contraction in _consumers(program, group)
         ]
         return max(errors, default=None)
@@ -358,11 +373,7 @@ def _largest(fits: Any) -> float:
 
 def _names(group: ChannelGroup) -> list[str]:
     """Return the names a pattern can match: the parameters that make or consume the units."""
-    return [
-        member.parameter
-        for member in group.members
-        if member.role in ("producer", "consumer")
-    ]
+    return [member.parameter for member in group.members if member.role in ("producer", "consumer")]
 
 
 def _target(group: ChannelGroup) -> str:
@@ -392,7 +403,14 @@ def _consumers(program: Program, group: ChannelGroup) -> Iterator[Contraction]:
             yield contraction
 
 
-def _member(group: ChannelGroup, contraction: Contraction) -> Any:
+def _place(program: Program, member: Member) -> fx.Node | None:
+    """Return the node of a consumer's output if there is one, and the outputs depend on it."""
+    if len(member.nodes) != 1 or len(member.inputs) != 1:
+        return None
+    return member.nodes[0] if reaches_outputs(program, member.nodes[0]) else None
+
+
+def _member(group: ChannelGroup, contraction: Contraction) -> Member:
     return next(m for m in group.of("consumer") if m.parameter == contraction.parameter)
 
 
@@ -405,9 +423,6 @@ def _magnitudes(program: Program, group: ChannelGroup) -> torch.Tensor:
             norms = value.movedim(member.dim, -1).reshape(-1, value.shape[member.dim]).norm(dim=0)
             weights.append(torch.stack([norms[unit].norm() for unit in member.units()]))
     return magnitude_scores(weights)
-
-
-
 
 
 def _candidate(
@@ -457,4 +472,3 @@ def _measured(
     if times.ratio > 1:
         return timed, None
     return timed, f"{size} of {group.size} {group.kind} measured {times.ratio:.2f}x, kept as it is"
-
