@@ -18,7 +18,7 @@ from torch import fx, nn
 from .errors import InputError
 from .gram import GramAccumulator
 from .padding import padding_input
-from .program import Program, compile_graph
+from .program import Program, compile_graph, shape_of
 from .sensitivity import sensitivity_function
 from .structure import flatten
 
@@ -159,12 +159,12 @@ class Calibration:
                 tensors = bind(program, batch)
                 values = run(program.model, *tensors)
                 mask = batch.get(mask_name) if mask_name else None
-                for value, (_, dim) in zip(values, nodes, strict=True):
+                for value, (node, dim) in zip(values, nodes, strict=True):
                     rows = unfold(value) if unfold else value.movedim(dim, -1)
                     if result is None:
                         result = GramAccumulator(rows.shape[-1], device=rows.device)
-                    fits = isinstance(mask, torch.Tensor) and mask.shape == rows.shape[:-1]
-                    if fits and isinstance(mask, torch.Tensor):
+                    masked = mask_name is not None and _has_tokens_of(program, mask_name, node)
+                    if masked and isinstance(mask, torch.Tensor) and mask.shape == rows.shape[:-1]:
                         rows = rows[mask.to(rows.device, torch.bool)]
                     result.update(_thinned(rows.reshape(-1, rows.shape[-1])))
                 if self._progress:
@@ -276,6 +276,15 @@ def _partial_function(program: Program, nodes: Sequence[fx.Node]) -> Callable[..
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in nodes))
     return compile_graph(graph)
+
+
+def _has_tokens_of(program: Program, mask_name: str, node: fx.Node) -> bool:
+    """Say whether a value has the mask's tokens, not others that are as many in this batch.
+
+    Decided by the sizes of the captured example: symbols of one axis may differ by broadcasting.
+    """
+    mask = next(item for item in program.placeholders if item.name == mask_name)
+    return shape_of(node)[:2] == shape_of(mask)
 
 
 def _save(path: Path, state: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import find_case
 
 from graphopt.capture import capture
 from graphopt.passes.calibration import Calibration
@@ -115,3 +116,15 @@ def test_batches_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         Calibration(batches).statistics(program, [node_of(program)])
+
+
+def test_a_mask_does_not_hide_other_tokens() -> None:
+    case = find_case("t5")
+    _, call = case.call(3, 9)
+    program = capture(case.build(), call)
+    call = {**call, "decoder_input_ids": call["input_ids"]}
+    counts = {}
+    for side in ("encoder", "decoder"):
+        node = program.calls(f"{side}.block.0.layer.0.SelfAttention.o")[0].all_input_nodes[0]
+        counts[side] = Calibration([call]).statistics(program, [(node, -1)]).count
+    assert counts == {"encoder": int(call["attention_mask"].sum()), "decoder": 27}
