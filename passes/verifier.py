@@ -159,7 +159,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
         return float("inf")
     norm = b[finite].norm().item()
     difference = (a[finite] - b[finite]).norm().item()
-    return difference / norm if norm else difference
+    return float(difference / norm if norm else difference)
 
 
 def rounding_bound(program: Program) -> float:
@@ -175,7 +175,7 @@ def rounding_bound(program: Program) -> float:
             eps = max(eps, torch.finfo(value.dtype).eps)
             if node.op in ("call_module", "call_function") and value.dim():
                 terms += shape_of(node)[-1]
-    return _SLACK * eps * terms**0.5
+    return float(_SLACK * eps * terms**0.5)
 
 
 @contextmanager
@@ -229,8 +229,8 @@ def _check_finite(pass_name: str, mode: str, old: Observation, new: Observation)
         if torch.isfinite(before).all() and not torch.isfinite(after).all():
             raise VerificationError(f"{pass_name} made the state not finite in {mode} mode")
     for name, gradient in new.gradients.items():
-        before = old.gradients.get(name)
-        was_finite = before is None or bool(torch.isfinite(before).all())
+        earlier = old.gradients.get(name)
+        was_finite = earlier is None or bool(torch.isfinite(earlier).all())
         if was_finite and not torch.isfinite(gradient).all():
             raise VerificationError(f"{pass_name} made the gradient of {name} not finite")
     lost = [name for name in old.gradients if name in new.trained - new.gradients.keys()]

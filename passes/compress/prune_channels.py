@@ -181,8 +181,8 @@ class PruneChannels(Pass):
         for name, value in state.items():
             set_everywhere(program.model, name, value)
         for module, values in attributes.items():
-            for attribute, value in values.items():
-                setattr(program.module(module), attribute, value)
+            for attribute, count in values.items():
+                setattr(program.module(module), attribute, count)
         program.changed()
 
     def restore(self, model: nn.Module, change: Change) -> None:
