@@ -44,7 +44,11 @@ def _program(name: str) -> Program:
     return capture(case.build(), case.inputs(2, 12))
 
 
-@pytest.mark.parametrize(("name", "regions", "dims", "inputs"), STREAMS, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("name", "regions", "dims", "inputs"),
+    STREAMS,
+    ids=lambda v: str(sorted(v) if isinstance(v, set) else v),
+)
 def test_stream_of_the_zoo(
     name: str, regions: tuple[int, ...], dims: tuple[int, ...], inputs: set[str]
 ) -> None:
