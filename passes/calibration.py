@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from .errors import InputError
 from .gram import GramAccumulator
-from .padding import padding_input
-from .program import Program, compile_graph, shape_of
+from .padding import padding_input, real_tokens
+from .program import Program, compile_values, shape_of
 from .sensitivity import sensitivity_function
 from .structure import flatten
 
@@ -113,12 +113,11 @@ class Calibration:
             stored.load_state_dict(state)
             return WeightedStatistics(stored, state["metric"])
         run = sensitivity_function(program, [node[0]], place)
-        mask_name = padding_input(program)
         gram: GramAccumulator | None = None
         metric = torch.zeros(())
         with evaluation_mode(program.model):
             for number, batch in enumerate(self._batches):
-                mask = batch.get(mask_name) if mask_name else None
+                mask = real_tokens(program, batch)
                 (value,), gradient = run(program.model, bind(program, batch), mask)
                 rows = unfold(value) if unfold else value.movedim(node[1], -1)
                 rows = rows.reshape(-1, rows.shape[-1])
@@ -151,21 +150,21 @@ class Calibration:
             stored = GramAccumulator(state["sum_x"].numel(), state["sum_y"].numel())
             stored.load_state_dict(state)
             return stored
-        run = _partial_function(program, [node for node, _ in nodes])
+        run = compile_values(program, [node for node, _ in nodes])
         mask_name = padding_input(program)
         result: GramAccumulator | None = None
         with evaluation_mode(program.model), torch.no_grad():
             for number, batch in enumerate(self._batches):
                 tensors = bind(program, batch)
                 values = run(program.model, *tensors)
-                mask = batch.get(mask_name) if mask_name else None
+                mask = real_tokens(program, batch)
                 for value, (node, dim) in zip(values, nodes, strict=True):
                     rows = unfold(value) if unfold else value.movedim(dim, -1)
                     if result is None:
                         result = GramAccumulator(rows.shape[-1], device=rows.device)
                     masked = mask_name is not None and _has_tokens_of(program, mask_name, node)
-                    if masked and isinstance(mask, torch.Tensor) and mask.shape == rows.shape[:-1]:
-                        rows = rows[mask.to(rows.device, torch.bool)]
+                    if masked and mask is not None and mask.shape == rows.shape[:-1]:
+                        rows = rows[mask.to(rows.device)]
                     result.update(_thinned(rows.reshape(-1, rows.shape[-1])))
                 if self._progress:
                     self._progress(nodes[-1][0].name, number + 1, self._count())
@@ -185,7 +184,9 @@ class Calibration:
             for batch in self._batches:
                 for tensor in flatten(dict(batch))[0]:
                     digest.update(str(tensor.shape).encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                    digest.update(
+                        tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                    )
             self._digest = digest.hexdigest()
         return self._digest
 
@@ -261,21 +262,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _partial_function(program: Program, nodes: Sequence[fx.Node]) -> Callable[..., Any]:
-    """Compile the part of the graph that some nodes depend on; it returns their values."""
-    needed = set(nodes)
-    for node in reversed(program.graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node in needed or node.op == "placeholder":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in nodes))
-    return compile_graph(graph)
 
 
 def _has_tokens_of(program: Program, mask_name: str, node: fx.Node) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import fx
 
-from .program import Program
+from .program import Program, compile_values
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _MASK_POSITION = 3
@@ -19,28 +22,72 @@ def padding_input(program: Program) -> str | None:
     It is the integer or boolean input of two dimensions whose values, not passing through an
     embedding, reach the mask of an attention or the scores before a softmax.
     """
+    found = _mask_place(program)
+    return found[0].name if found else None
+
+
+def real_tokens(program: Program, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return which tokens of a batch are not padding [batch, token], None if nothing says so.
+
+    Some models mark the real tokens, some (`key_padding_mask`) the padding: which, is read off the
+    values that reach the attention.
+    """
+    name = padding_input(program)
+    mask = batch.get(name) if name else None
+    if not isinstance(mask, torch.Tensor):
+        return None
+    marks_real: bool = program.fact("padding input marks real tokens", _marks_real)
+    return mask.bool() if marks_real else ~mask.bool()
+
+
+def _marks_real(program: Program) -> bool:
+    """Say whether an unmarked token is one that attention sees less of than a marked one."""
+    found = _mask_place(program)
+    assert found is not None
+    source, place = found
+    index = program.placeholders.index(source)
+    tensors = program.few_rows()
+    token = min(1, tensors[index].shape[1] - 1)
+    run = compile_values(program, [place])
+
+    def seen(marked: bool) -> torch.Tensor:
+        mask = torch.ones_like(tensors[index])
+        mask[:, token] = marked
+        with torch.no_grad():
+            (value,) = run(program.model, *tensors[:index], mask, *tensors[index + 1 :])
+        return torch.as_tensor(value)[..., token].double().nan_to_num()
+
+    # A fully masked row may be let through, so marked padding can also look the same.
+    return bool((seen(False) < seen(True)).any())
+
+
+def _mask_place(program: Program) -> tuple[fx.Node, fx.Node] | None:
+    """Return the input that masks attention and the value through which it does."""
     for node in program.placeholders:
         value = node.meta["val"]
-        if value.dim() == 2 and not value.is_floating_point() and _reaches_mask(node):
-            return node.name
+        if value.dim() == 2 and not value.is_floating_point():
+            place = _masked_by(node)
+            if place is not None:
+                return node, place
     return None
 
 
-def _reaches_mask(source: fx.Node) -> bool:
+def _masked_by(source: fx.Node) -> fx.Node | None:
+    """Return the mask of an attention, or the scores before a softmax, that an input reaches."""
     pending, seen = [source], {source}
     while pending:
         node = pending.pop()
         for user in node.users:
             if user.target is _ATTENTION:
                 if len(user.args) > _MASK_POSITION and user.args[_MASK_POSITION] is node:
-                    return True
+                    return node
                 if user.kwargs.get("attn_mask") is node:
-                    return True
+                    return node
                 continue
             if user.target in _SOFTMAX:
-                return True
+                return node
             passes = user.op == "call_function" and user.target not in _LOOKUPS
             if passes and user not in seen and isinstance(user.meta.get("val"), torch.Tensor):
                 seen.add(user)
                 pending.append(user)
-    return False
+    return None

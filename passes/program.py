@@ -267,6 +267,21 @@ def _float_dtype(model: nn.Module) -> torch.dtype | None:
     return None
 
 
+def compile_values(program: Program, nodes: Sequence[fx.Node]) -> Callable[..., Any]:
+    """Compile the part of a program that some nodes depend on; it returns their values."""
+    needed = set(nodes)
+    for node in reversed(program.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node in needed or node.op == "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in nodes))
+    return compile_graph(graph)
+
+
 _UNLIMITED = (0, 2**63 - 1)
 
 

@@ -13,6 +13,7 @@ from zoo import find_case
 from graphopt.capture import capture
 from graphopt.passes.calibration import Calibration
 from graphopt.passes.errors import InputError
+from graphopt.passes.padding import real_tokens
 from graphopt.passes.program import Program
 
 
@@ -116,6 +117,18 @@ def test_batches_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         Calibration(batches).statistics(program, [node_of(program)])
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2-padded", "llama-padded", "mpt-padded", "transformer-encoder-padded"]
+)
+def test_masks_of_either_meaning_are_understood(name: str) -> None:
+    case = find_case(name)
+    _, call = case.call(3, 9)
+    program = capture(case.build(), call)
+    found = real_tokens(program, call)
+    assert found is not None
+    assert found.sum(1).tolist() == [9, 8, 7]
 
 
 def test_a_mask_does_not_hide_other_tokens() -> None:
