@@ -80,7 +80,7 @@ def test_a_stored_statistic_is_not_computed_again(program: Program, tmp_path: Pa
     again = Calibration(batches, store=tmp_path).statistics(program, [node_of(program)])
     assert torch.equal(first.covariance, again.covariance)
     assert len(seen) - runs < runs
-    program.model.get_submodule("inner").weight.data.mul_(2)
+    program.model.get_parameter("inner.weight").data.mul_(2)
     program.changed()
     other = Calibration(batches, store=tmp_path).statistics(program, [node_of(program)])
     assert not torch.equal(first.covariance, other.covariance)

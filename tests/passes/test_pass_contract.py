@@ -31,10 +31,10 @@ def from_zoo(name: str) -> tuple[Build, Any, Any]:
 
 def normalized() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    model[1].running_mean.normal_()
-    model[1].running_var.uniform_(0.5, 2)
-    return model.eval()
+    norm = nn.BatchNorm2d(8)
+    norm.get_buffer("running_mean").normal_()
+    norm.get_buffer("running_var").uniform_(0.5, 2)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
 
 
 MODELS: dict[str, tuple[Build, Any, Any]] = {
