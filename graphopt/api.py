@@ -83,7 +83,7 @@ def optimize(
         calibration=calibration,
         calibration_store=None if calibration_store is None else Path(calibration_store),
         tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=Costs(None if cost_cache is None else Path(cost_cache)) if measure else None,
+        costs=_costs(model, cost_cache) if measure else None,
         limit=limit,
         progress=progress,
     )
@@ -127,7 +127,7 @@ def plan(
         calibration=calibration,
         calibration_store=None,
         tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=Costs(None if cost_cache is None else Path(cost_cache)) if measure else None,
+        costs=_costs(model, cost_cache) if measure else None,
         limit=limit,
         progress=progress,
     )
@@ -226,6 +226,13 @@ def _sum(costs: Sequence[CostRecord]) -> CostRecord:
         size_bytes=sum(cost.size_bytes for cost in costs),
         parameters=sum(cost.parameters for cost in costs),
     )
+
+
+def _costs(model: nn.Module, cache: str | Path | None) -> Costs:
+    """Return measured times on the model's device; parts of a meta model are timed on the CPU."""
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    device = next(iter(devices), torch.device("cpu"))
+    return Costs(None if cache is None else Path(cache), device=device)
 
 
 def _timed(made: Plan, dense: nn.Module, program: Program) -> Plan:
