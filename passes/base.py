@@ -121,9 +121,7 @@ class Context:
 
     def ignored_by(self, *names: str) -> str | None:
         """Return the pattern that excludes one of these names, None if none does."""
-        return next(
-            (p for p in self.ignore if any(matches(p, name) for name in names)), None
-        )
+        return next((p for p in self.ignore if any(matches(p, name) for name in names)), None)
 
     def kept_share(self, default: float, *names: str) -> float:
         """Return the share of units to keep for these names: an override or the default."""
@@ -190,8 +188,11 @@ def matches(pattern: str, name: str) -> bool:
             raise ConfigError(
                 f"the pattern {pattern!r} is not a regular expression: {error}"
             ) from error
-    return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern) or (
-        f".{pattern}." in f".{name}."
+    return (
+        name == pattern
+        or name.startswith(pattern + ".")
+        or name.endswith("." + pattern)
+        or (f".{pattern}." in f".{name}.")
     )
 
 
@@ -207,9 +208,7 @@ def parse_share(value: float | str | None, what: str) -> float | None:
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError as error:
-        raise ConfigError(
-            f"{what} must be a share such as 0.6 or '60%', got {value!r}"
-        ) from error
+        raise ConfigError(f"{what} must be a share such as 0.6 or '60%', got {value!r}") from error
     if not 0 < share <= 1:
         raise ConfigError(f"{what} must be above 0 and at most 1 (100%), got {value!r}")
     return share

@@ -48,9 +48,7 @@ def compare_sizes(
         return None
     dense_ms = sum(item.dense_ms for item in times)
     candidate_ms = sum(item.candidate_ms for item in times)
-    return Comparison(
-        dense_ms=dense_ms, candidate_ms=candidate_ms, ratio=dense_ms / candidate_ms
-    )
+    return Comparison(dense_ms=dense_ms, candidate_ms=candidate_ms, ratio=dense_ms / candidate_ms)
 
 
 def _operations(group: ChannelGroup) -> Iterator[fx.Node]:

@@ -81,9 +81,7 @@ def contraction_of(program: Program, member: Member) -> Contraction | None:
             return None
         unfold = Unfold(str(sorted(settings.items())), settings)
         window = settings["kernel_size"][0] * settings["kernel_size"][1]
-    return Contraction(
-        member.parameter, member.dim, _bias(first), member.inputs, unfold, window
-    )
+    return Contraction(member.parameter, member.dim, _bias(first), member.inputs, unfold, window)
 
 
 def operation_of(node: fx.Node, parameter: str) -> fx.Node | None:
@@ -92,8 +90,7 @@ def operation_of(node: fx.Node, parameter: str) -> fx.Node | None:
     candidates = [node] if body is None else list(body.nodes)
     for candidate in candidates:
         if candidate.op == "call_function" and any(
-            used.op == "get_attr" and used.target == parameter
-            for used in candidate.all_input_nodes
+            used.op == "get_attr" and used.target == parameter for used in candidate.all_input_nodes
         ):
             return candidate
     return None

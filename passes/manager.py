@@ -88,9 +88,7 @@ class PassManager:
         after = replace(
             before, flops=after_flops, size_bytes=after_bytes, parameters=after_parameters
         )
-        return self._plan(
-            program, Totals(before=cost_record(before), after=cost_record(after))
-        )
+        return self._plan(program, Totals(before=cost_record(before), after=cost_record(after)))
 
     def run(self, program: Program) -> Plan:
         """Change the program; return the plan of what was accepted.
