@@ -1,17 +1,28 @@
 """Tensors to tensors: references, operators, and the modules that hold compressed weights."""
 
-if __name__ != "graphopt.kernels":
-    raise ImportError(
-        f"expected the import name graphopt.kernels, got {__name__}: write the former"
-    )
+import sys
 
-from .fused_linear import FusedLinear, FusedPart, fused_linear_reference
-from .low_rank import LowRankLinear, low_rank_linear_reference
+if __name__ == "graphopt.kernels":
+    from .fused_linear import FusedLinear, FusedPart, fused_linear_reference
+    from .low_rank import LowRankLinear, low_rank_linear_reference
 
-__all__ = [
-    "FusedLinear",
-    "FusedPart",
-    "LowRankLinear",
-    "fused_linear_reference",
-    "low_rank_linear_reference",
-]
+    __all__ = [
+        "FusedLinear",
+        "FusedPart",
+        "LowRankLinear",
+        "fused_linear_reference",
+        "low_rank_linear_reference",
+    ]
+else:
+    # transformers looks, by `import_module`, for a package of this name that is not ours. With the
+    # repository root on the path it finds this folder: it then gets an empty module without a
+    # version, which it takes for "not installed". Everybody else is refused.
+    _frame = sys._getframe()
+    while _frame.f_back is not None and _frame.f_code.co_name != "import_module":
+        _frame = _frame.f_back
+    if _frame.f_code.co_name != "import_module":
+        raise ImportError(
+            f"expected the import name graphopt.kernels, got {__name__}: write the former"
+        )
+    __path__ = []
+    del _frame

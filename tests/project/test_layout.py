@@ -58,3 +58,12 @@ def test_bare_import_is_refused(folder: str) -> None:
 @pytest.mark.parametrize("name", list(module_names()))
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_transformers_does_not_take_our_kernels_for_its_own() -> None:
+    """It probes for a package `kernels`; with the root on the path it finds our folder."""
+    code = "import transformers; transformers.BertModel; print(len(vars(__import__('kernels'))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
