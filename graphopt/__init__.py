@@ -1,5 +1,6 @@
 """An optimizing compiler for the cost of PyTorch models that already exist."""
 
+from graphopt import errors as errors
 from graphopt.api import optimize, plan
 from graphopt.capture import capture
 from graphopt.checkpoint import densify, load, save
