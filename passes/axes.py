@@ -176,7 +176,7 @@ def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
     kinds = _Kinds(flow)
     for axis, found in members.items():
         present = {member.role for member in found}
-        if not present & {"producer", "consumer"}:
+        if not present & {"producer", "consumer"} or not axis.size:
             continue
         why = list(reasons.get(axis, ()))
         if axis in roles.repeated:
@@ -189,7 +189,7 @@ def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
             why.append("is not consumed by a parameter")
         first = found[0]
         units = first.units()
-        stride = units[1][0] - units[0][0]
+        stride = units[1][0] - units[0][0] if len(units) > 1 else 0
         key = f"{first.parameter}/{first.dim}/{units[0][0]}/{stride}"
         yield ChannelGroup(axis.number, key, axis.size, kinds.of(axis), tuple(found), tuple(why))
 

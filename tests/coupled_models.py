@@ -336,6 +336,20 @@ class AcrossUnits(nn.Module):
         return result
 
 
+class EmptyRest(nn.Module):
+    """A slice that takes everything, and one that takes nothing, as with full rotary widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        turned, rest = hidden[..., :24], hidden[..., 24:]
+        result: Tensor = self.down(torch.cat([torch.relu(turned), rest], dim=-1))
+        return result
+
+
 COUPLED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "concatenation": (Concatenation, (_input(2, 3, 16, 16),)),
     "grouped": (Grouped, (_input(2, 3, 8, 8),)),
@@ -350,6 +364,7 @@ COUPLED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "cut-twice": (CutTwice, (_input(2, 8),)),
     "tied-weight": (TiedWeight, (_input(2, 8),)),
     "outer-product": (OuterProduct, (_input(2, 8),)),
+    "empty-rest": (EmptyRest, (_input(2, 8),)),
     "across-units": (AcrossUnits, (_input(2, 8),)),
     "cross-attention": (CrossAttention, (_input(2, 9, 24), _input(2, 7, 16))),
 }

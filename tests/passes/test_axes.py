@@ -87,6 +87,7 @@ EXPECTED: dict[str, dict[str, int]] = {
     "tied-weight": {"20 hidden units": 1},
     "outer-product": {},
     "across-units": {},
+    "empty-rest": {"24 hidden units": 1},
     "cross-attention": {"4 heads": 2, "24 hidden units": 1},
 }
 
