@@ -3,13 +3,20 @@
 import sys
 
 if __name__ == "graphopt.kernels":
+    from .block_layout import BlockLayout
+    from .block_sparse_linear import BlockSparseLinear
+    from .block_sparse_operator import block_sparse_linear, block_sparse_linear_reference
     from .fused_linear import FusedLinear, FusedPart, fused_linear_reference
     from .low_rank import LowRankLinear, low_rank_linear_reference
 
     __all__ = [
+        "BlockLayout",
+        "BlockSparseLinear",
         "FusedLinear",
         "FusedPart",
         "LowRankLinear",
+        "block_sparse_linear",
+        "block_sparse_linear_reference",
         "fused_linear_reference",
         "low_rank_linear_reference",
     ]

@@ -1,0 +1,112 @@
+"""Block-sparse products on the CPU: gather the inputs of a row tile, multiply into its outputs.
+
+A row tile's blocks side by side are one dense matrix [block_out, blocks * block_in]; its inputs are
+gathered in groups of `block_in` that lie together in memory. So all arithmetic is in dense
+products of the math library. The bias is one more column of that matrix, met by a column of ones:
+one more step of a long product costs next to nothing, a second pass over the outputs a tenth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.kernels.block_sparse_operator import apply_activation, check_operands
+
+
+def block_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    out_features: int,
+    activation: str = "none",
+    inference: bool = False,
+) -> Tensor:
+    """Return `activation(x W^T + bias)` [tokens, out_features]."""
+    check_operands(x, values, bias, out_features, activation, inference)
+    result = x.new_empty(x.shape[0], out_features)
+    inputs = _Gather(x, values.shape[2], ones=bias is not None)
+    for tile in _tiles(rows, columns, values.shape[1], out_features):
+        matrix = _tile_matrix(values[tile.blocks], None if bias is None else bias[tile.outputs])
+        torch.mm(inputs(tile.columns), matrix.t(), out=result[:, tile.outputs])
+    return apply_activation(result, activation)
+
+
+def block_sparse_linear_input_gradient(
+    gradient: Tensor, values: Tensor, rows: Tensor, columns: Tensor, in_features: int
+) -> Tensor:
+    """Return `gradient W` [tokens, in_features]."""
+    _, block_out, block_in = values.shape
+    tokens, out_features = gradient.shape
+    result = gradient.new_zeros(tokens, in_features // block_in, block_in)
+    for tile in _tiles(rows, columns, block_out, out_features):
+        product = torch.mm(gradient[:, tile.outputs], _tile_matrix(values[tile.blocks], None))
+        result.index_add_(1, tile.columns, product.view(tokens, -1, block_in))
+    return result.view(tokens, in_features)
+
+
+def block_sparse_linear_weight_gradient(
+    gradient: Tensor, x: Tensor, rows: Tensor, columns: Tensor, block_out: int, block_in: int
+) -> Tensor:
+    """Return the stored blocks of `gradient^T x` [blocks, block_out, block_in]."""
+    result = x.new_empty(rows.shape[0], block_out, block_in)
+    inputs = _Gather(x, block_in, ones=False)
+    for tile in _tiles(rows, columns, block_out, gradient.shape[1]):
+        product = torch.mm(gradient[:, tile.outputs].t(), inputs(tile.columns))
+        result[tile.blocks] = product.view(block_out, -1, block_in).transpose(0, 1)
+    return result
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One row tile: its place among the blocks and the outputs, and its column groups."""
+
+    blocks: slice
+    outputs: slice
+    columns: Tensor
+
+
+def _tiles(rows: Tensor, columns: Tensor, block_out: int, out_features: int) -> Iterator[_Tile]:
+    start = 0
+    for tile, count in enumerate(
+        torch.bincount(rows, minlength=out_features // block_out).tolist()
+    ):
+        blocks = slice(start, start + count)
+        yield _Tile(blocks, slice(tile * block_out, (tile + 1) * block_out), columns[blocks])
+        start += count
+
+
+class _Gather:
+    """Gathers column groups of x [tokens, in_features] into one buffer that it keeps."""
+
+    def __init__(self, x: Tensor, block_in: int, *, ones: bool) -> None:
+        self._groups = x.contiguous().view(x.shape[0], -1, block_in)
+        self._ones = int(ones)
+        self._buffer = x.new_empty(0, 0)
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        """Return [tokens, groups * block_in (+ 1)], valid until the next call."""
+        tokens, _, block_in = self._groups.shape
+        width = columns.numel() * block_in
+        if self._buffer.shape != (tokens, width + self._ones):
+            self._buffer = self._groups.new_ones(tokens, width + self._ones)
+        gathered = self._buffer[:, :width].view(tokens, -1, block_in)
+        torch.index_select(self._groups, 1, columns, out=gathered)
+        return self._buffer
+
+
+def _tile_matrix(values: Tensor, bias: Tensor | None) -> Tensor:
+    """Return blocks side by side [block_out, blocks * block_in], and the bias as last column."""
+    _, block_out, block_in = values.shape
+    width = values.shape[0] * block_in
+    if bias is None:
+        return values.transpose(0, 1).reshape(block_out, width)
+    matrix = values.new_empty(block_out, width + 1)
+    matrix[:, :width].view(block_out, -1, block_in).copy_(values.transpose(0, 1))
+    matrix[:, width] = bias
+    return matrix

@@ -1,0 +1,1 @@
+"""The operators on CUDA devices: the only folder that imports triton."""
