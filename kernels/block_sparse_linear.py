@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .block_layout import BlockLayout
 from .block_presets import block_sizes
 from .block_sparse_operator import block_sparse_linear
+from .tile_gather_linear import TileGatherLinear
 
 __all__ = ["BlockSparseLinear"]
 
@@ -119,6 +120,10 @@ class BlockSparseLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=trained)
         return linear.train(self.training)
 
+    def export_form(self) -> TileGatherLinear:
+        """Return a copy made of plain gathers and matrix products, for exported files."""
+        return TileGatherLinear(self.layout, self.values, self.bias)
+
     @property
     def layout(self) -> BlockLayout:
         """Which blocks are stored, checked."""
@@ -143,7 +148,13 @@ class BlockSparseLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
+        """Map [..., in_features] to [..., out_features].
+
+        Raises:
+            ValueError: The last dimension of x is another.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
         operands = (x, self.values, self.bias)
         trained = torch.is_grad_enabled() and any(
             item is not None and item.requires_grad for item in operands

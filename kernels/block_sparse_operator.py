@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 from torch.utils.flop_counter import register_flop_formula
 
 from .block_layout import BlockLayout
+from .derived import derived
 
 __all__ = [
     "ACTIVATIONS",
@@ -218,16 +219,23 @@ def _implementation(module: str, function: str) -> Any:
 def _autocast(device: str, key: torch._C.DispatchKey) -> Any:
     """Return the kernel that casts the floating operands, as autocast does for `linear`."""
 
-    def cast(item: Tensor | None) -> Tensor | None:
-        # Autocast leaves float64 alone everywhere.
-        if item is None or not item.is_floating_point() or item.dtype == torch.float64:
-            return item
-        return item.to(torch.get_autocast_dtype(device))
-
     def kernel(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(item: Tensor) -> Tensor:
+            # Autocast leaves float64 alone everywhere.
+            return item if item.dtype == torch.float64 else item.to(dtype)
+
+        def cast_weight(item: Tensor) -> Tensor:
+            # The same tensor at every call, so that its packed form is found again. Tensors of
+            # other types are traced or sharded.
+            if torch.is_grad_enabled() or type(item) not in (Tensor, Parameter):
+                return cast(item)
+            return derived(("cast", dtype), (item,), lambda: cast(item))
+
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             result: Tensor = _OPERATORS.block_sparse_linear(
-                cast(x), cast(values), cast(bias), *rest
+                cast(x), cast_weight(values), None if bias is None else cast_weight(bias), *rest
             )
             return result
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from graphopt.kernels.block_sparse_operator import apply_activation, check_operands
 
+from .packed import packed_linear, side_by_side
+
 
 def block_sparse_linear(
     x: Tensor,
@@ -29,12 +31,15 @@ def block_sparse_linear(
 ) -> Tensor:
     """Return `activation(x W^T + bias)` [tokens, out_features]."""
     check_operands(x, values, bias, out_features, activation, inference)
+    if inference:
+        product = packed_linear(x, values, bias, rows, columns, out_features)
+        return apply_activation(product, activation)
     result = x.new_empty(x.shape[0], out_features)
     inputs = _Gather(x, values.shape[2], ones=bias is not None)
     for tile in _tiles(rows, columns, values.shape[1], out_features):
         matrix = _tile_matrix(values[tile.blocks], None if bias is None else bias[tile.outputs])
         torch.mm(inputs(tile.columns), matrix.t(), out=result[:, tile.outputs])
-    return apply_activation(result, activation)
+    return result
 
 
 def block_sparse_linear_input_gradient(
@@ -45,8 +50,8 @@ def block_sparse_linear_input_gradient(
     tokens, out_features = gradient.shape
     result = gradient.new_zeros(tokens, in_features // block_in, block_in)
     for tile in _tiles(rows, columns, block_out, out_features):
-        product = torch.mm(gradient[:, tile.outputs], _tile_matrix(values[tile.blocks], None))
-        result.index_add_(1, tile.columns, product.view(tokens, -1, block_in))
+        product = torch.mm(gradient[:, tile.outputs], side_by_side(values[tile.blocks]))
+        result.index_add_(1, tile.columns, product.view(tokens, tile.columns.numel(), block_in))
     return result.view(tokens, in_features)
 
 
@@ -58,7 +63,9 @@ def block_sparse_linear_weight_gradient(
     inputs = _Gather(x, block_in, ones=False)
     for tile in _tiles(rows, columns, block_out, gradient.shape[1]):
         product = torch.mm(gradient[:, tile.outputs].t(), inputs(tile.columns))
-        result[tile.blocks] = product.view(block_out, -1, block_in).transpose(0, 1)
+        result[tile.blocks] = product.view(block_out, tile.columns.numel(), block_in).transpose(
+            0, 1
+        )
     return result
 
 
@@ -73,9 +80,8 @@ class _Tile:
 
 def _tiles(rows: Tensor, columns: Tensor, block_out: int, out_features: int) -> Iterator[_Tile]:
     start = 0
-    for tile, count in enumerate(
-        torch.bincount(rows, minlength=out_features // block_out).tolist()
-    ):
+    counts: list[int] = torch.bincount(rows, minlength=out_features // block_out).tolist()
+    for tile, count in enumerate(counts):
         blocks = slice(start, start + count)
         yield _Tile(blocks, slice(tile * block_out, (tile + 1) * block_out), columns[blocks])
         start += count
@@ -85,28 +91,30 @@ class _Gather:
     """Gathers column groups of x [tokens, in_features] into one buffer that it keeps."""
 
     def __init__(self, x: Tensor, block_in: int, *, ones: bool) -> None:
-        self._groups = x.contiguous().view(x.shape[0], -1, block_in)
+        self._groups = x.contiguous().unflatten(1, (-1, block_in))
         self._ones = int(ones)
         self._buffer = x.new_empty(0, 0)
 
     def __call__(self, columns: Tensor) -> Tensor:
         """Return [tokens, groups * block_in (+ 1)], valid until the next call."""
         tokens, _, block_in = self._groups.shape
-        width = columns.numel() * block_in
+        count = columns.numel()
+        width = count * block_in
         if self._buffer.shape != (tokens, width + self._ones):
-            self._buffer = self._groups.new_ones(tokens, width + self._ones)
-        gathered = self._buffer[:, :width].view(tokens, -1, block_in)
+            self._buffer = self._groups.new_empty(tokens, width + self._ones)
+            self._buffer[:, width:] = 1
+        gathered = self._buffer[:, :width].view(tokens, count, block_in)
         torch.index_select(self._groups, 1, columns, out=gathered)
         return self._buffer
 
 
 def _tile_matrix(values: Tensor, bias: Tensor | None) -> Tensor:
     """Return blocks side by side [block_out, blocks * block_in], and the bias as last column."""
+    if bias is None:
+        return side_by_side(values)
     _, block_out, block_in = values.shape
     width = values.shape[0] * block_in
-    if bias is None:
-        return values.transpose(0, 1).reshape(block_out, width)
     matrix = values.new_empty(block_out, width + 1)
-    matrix[:, :width].view(block_out, -1, block_in).copy_(values.transpose(0, 1))
+    matrix[:, :width].view(block_out, values.shape[0], block_in).copy_(values.transpose(0, 1))
     matrix[:, width] = bias
     return matrix
