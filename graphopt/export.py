@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from graphopt.passes.errors import CheckpointError, ExportError, MissingExtraError
 
 from . import open_sizes
+from .export_forms import export_forms
 from .flat_model import FlatModel, evaluating, first_line
 from .onnx_runtime import VerifyReport, arguments_for, verify_flat
 from .open_sizes import OpenSizes
@@ -110,7 +111,8 @@ def export_onnx(
     The model is exported in evaluation mode and left in its own. Batch and sequence sizes stay
     open where the model allows it; inputs carry the names of the forward's arguments. Outputs are
     compared with torch on the example and on at least three other inputs (see
-    `onnx_runtime.compare` for the bound). Only then the file gets its name.
+    `onnx_runtime.compare` for the bound). Only then the file gets its name. Modules with operators
+    that ONNX lacks are written in their export form (see `export_forms`), and compared as they are.
 
     Args:
         model: Any model.
@@ -225,7 +227,7 @@ def _trace(flat: FlatModel, sizes: OpenSizes) -> torch.export.ExportedProgram:
         for name, tensor in zip(flat.input_names, tensors, strict=True)
     )
     try:
-        with torch.no_grad(), _plain_attention():
+        with torch.no_grad(), _plain_attention(), export_forms(flat):
             return torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise ExportError(f"torch.export cannot trace the model: {first_line(error)}") from error
