@@ -7,7 +7,7 @@ finds these coupled groups by dataflow, from the operators in the graph alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -55,6 +55,19 @@ class Member:
                 result[owner].append(index)
         return result
 
+    def reordered(self, order: Sequence[int]) -> list[int]:
+        """Return, for every index along the dimension, the one that comes there.
+
+        Args:
+            order: The unit that comes at every place; all units have equally many indices here.
+        """
+        result = list(range(len(self.owners)))
+        units = self.units()
+        for place, unit in zip(units, order, strict=True):
+            for target, source in zip(place, units[unit], strict=True):
+                result[target] = source
+        return result
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -81,6 +94,12 @@ class ChannelGroup:
     def prunable(self) -> bool:
         """Whether units can be removed."""
         return not self.reasons
+
+    @property
+    def reorderable(self) -> bool:
+        """Whether units can change places: what can be removed has no place of its own."""
+        alike = all(len({*map(len, member.units())}) == 1 for member in self.members)
+        return self.prunable and alike
 
     def of(self, role: Role) -> tuple[Member, ...]:
         """Return the members with a role."""

@@ -136,6 +136,16 @@ class GramAccumulator:
         result._sum_y.zero_()
         return result
 
+    def reordered(self, order: Tensor) -> GramAccumulator:
+        """Return the same statistics with the input channels in another order [channels]."""
+        result = GramAccumulator(self.channels, self.outputs, device=self._sum_x.device)
+        state = self.state_dict()
+        for name in ("sum_x", "sum_xx", "sum_xy"):
+            state[name] = state[name][order]
+        state["sum_xx"] = state["sum_xx"][:, order]
+        result.load_state_dict(state)
+        return result
+
     def _weight_seen(self) -> Tensor:
         if self.count == 0:
             raise ValueError("no calibration rows were seen: call update() first")

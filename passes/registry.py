@@ -13,6 +13,7 @@ import yaml
 from .base import Pass
 from .compress.factorize_low_rank import FactorizeLowRank
 from .compress.prune_channels import PruneChannels
+from .compress.sparsify_blocks import SparsifyBlocks
 from .errors import ConfigError
 from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
@@ -20,7 +21,8 @@ from .exact.fuse_projections import FuseProjections
 P = TypeVar("P", bound=Pass)
 
 _PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (FoldBatchNorm, FuseProjections, PruneChannels, FactorizeLowRank)
+    cls.name: cls
+    for cls in (FoldBatchNorm, FuseProjections, PruneChannels, FactorizeLowRank, SparsifyBlocks)
 }
 
 

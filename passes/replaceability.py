@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import shared_names
+from .base import Context, shared_names
 from .program import Program
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,6 +32,23 @@ def replacement_refusal(program: Program, name: str, *, once: bool = True) -> st
     if any(node.op == "get_attr" and node.target in own for node in program.graph.nodes):
         return f"the parameters of {name} are also read outside of it"
     return None
+
+
+def left_dense(program: Program, context: Context, name: str, heads: frozenset[str]) -> str | None:
+    """Say why a linear layer is not to be replaced by a cheaper one, None if it may be.
+
+    Args:
+        program: The program that calls it.
+        context: Its patterns are obeyed.
+        name: The layer.
+        heads: The modules that compute the model's results (`output_heads`).
+    """
+    pattern = context.ignored_by(name)
+    if pattern is not None:
+        return f"ignored by the pattern {pattern!r}"
+    if name in heads:
+        return "its output is a result of the model, and output heads stay dense"
+    return replacement_refusal(program, name, once=False)
 
 
 def holds_parameters(module: nn.Module, *names: str) -> bool:

@@ -1,7 +1,8 @@
-"""What a group of coupled channels holds, and how it is cut to the units that stay."""
+"""What a group of coupled channels holds, cut to the units that stay or put into another order."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,27 @@ def sliced(program: Program, group: ChannelGroup, kept: list[int]) -> State:
             indices = torch.tensor(member.indices(kept), device=value.device)
             value = value.index_select(dim, indices)
         state[name] = value
+    return state
+
+
+def permuted(program: Program, orders: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> State:
+    """Return every parameter and buffer of some groups with the units in another order.
+
+    The program computes the same with them, up to the order of sums. A parameter of several groups
+    is permuted along several dimensions.
+
+    Args:
+        program: The program.
+        orders: Groups, each with the unit that comes at every place.
+    """
+    state: State = {}
+    for group, order in orders:
+        for name, dims in _dimensions(group).items():
+            value = state.get(name, attribute_of(program, name).detach())
+            for dim, member in dims.items():
+                source = torch.tensor(member.reordered(order), device=value.device)
+                value = value.index_select(dim, source)
+            state[name] = value
     return state
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 import torch
 from pydantic import Field
-from torch import fx, nn
+from torch import nn
 
 from graphopt.kernels import LowRankLinear
 from graphopt.passes.base import (
@@ -30,11 +30,10 @@ from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import PlanError, PreconditionError
 from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.least_squares import Factors, factorize_whitened
+from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program, shape_of
-from graphopt.passes.replaceability import replacement_refusal
-from graphopt.passes.structure import outside_objects
-
-_STEPS = 1024
+from graphopt.passes.replaceability import left_dense
+from graphopt.passes.uniform_share import largest_share
 
 
 class _Factorization(Details):
@@ -79,7 +78,7 @@ class FactorizeLowRank(Pass):
         """Propose the same share of operations for every layer that can be factorized."""
         candidates: list[Candidate] = []
         misses: list[Miss] = []
-        heads = _heads(program)
+        heads = output_heads(program)
         layers: dict[str, nn.Linear] = {}
         for node, layer in program.leaf_calls(nn.Linear):
             name = str(node.target)
@@ -168,17 +167,13 @@ class FactorizeLowRank(Pass):
         layer: nn.Linear,
         heads: frozenset[str],
     ) -> str | None:
-        pattern = context.ignored_by(name)
-        if pattern is not None:
-            return f"ignored by the pattern {pattern!r}"
-        if name in heads:
-            return "its output is a result of the model, and output heads stay dense"
-        if self.round_to >= _full_rank(layer):
-            return (
+        reason = left_dense(program, context, name, heads)
+        if reason is None and self.round_to >= _full_rank(layer):
+            reason = (
                 f"rank {self.round_to} needs no fewer operations than "
                 f"{layer.in_features} -> {layer.out_features} has"
             )
-        return replacement_refusal(program, name, once=False)
+        return reason
 
     def _ranks(
         self, program: Program, context: Context, layers: Mapping[str, nn.Linear]
@@ -203,11 +198,7 @@ class FactorizeLowRank(Pass):
         if context.budget is None:
             return ranks(self.share)
         wanted = (1 - context.budget) * total
-        low, high = 1, _STEPS
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if saved(middle / _STEPS) >= wanted else (low, middle - 1)
-        return ranks(low / _STEPS)
+        return ranks(largest_share(lambda share: saved(share) >= wanted))
 
     def _rank(self, layer: nn.Linear, share: float) -> int | None:
         """Return the largest rank within a share of the operations, None for all of them."""
@@ -293,36 +284,6 @@ def _factors(program: Program, change: Change, context: Context) -> Factors:
 def _full_rank(layer: nn.Linear) -> float:
     """Return the rank at which the factors need as many operations as the layer."""
     return layer.weight.numel() / (layer.in_features + layer.out_features)
-
-
-def _heads(program: Program) -> frozenset[str]:
-    """Return the modules whose output becomes a result without meeting another tensor.
-
-    A tensor held by a plain object (a key/value cache) is state, not a result.
-    """
-    results = program.result.args[0]
-    assert isinstance(results, (tuple, list))
-    outside = outside_objects(program.outputs)
-    waiting = [node for node, counts in zip(results, outside, strict=True) if counts]
-    heads: set[str] = set()
-    seen: set[fx.Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if node.op == "call_module":
-            heads.add(str(node.target))
-        if len(tensors) == 1 and not _has_parameters(program, node):
-            waiting.extend(tensors)
-    return frozenset(heads)
-
-
-def _has_parameters(program: Program, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    return next(program.module(str(node.target)).parameters(), None) is not None
 
 
 def _checked(program: Program, change: Change) -> tuple[_Factorization, nn.Linear]:

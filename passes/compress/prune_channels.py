@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from functools import partial
+from typing import ClassVar, final
 
 import torch
 from torch import fx, nn
@@ -26,6 +27,7 @@ from graphopt.passes.compress.channel_slices import (
     slice_details,
     sliced,
 )
+from graphopt.passes.compress.scores import check_scores
 from graphopt.passes.contraction_times import compare_sizes
 from graphopt.passes.contractions import Contraction, contraction_of
 from graphopt.passes.errors import PlanError, PreconditionError
@@ -44,6 +46,7 @@ from graphopt.passes.program import Program
 from graphopt.passes.ranges import parse_ranges
 from graphopt.passes.scaling import flops_with, parameters_with
 from graphopt.passes.sensitivity import reaches_outputs
+from graphopt.passes.uniform_share import largest_share
 
 _KINDS = ("heads", "hidden units", "channels")
 
@@ -96,14 +99,7 @@ class PruneChannels(Pass):
                 f"{self.name} needs 0 < share <= 1, round_to >= 0 and damping > 0, got "
                 f"share={self.share}, round_to={self.round_to}, damping={self.damping}"
             )
-        if self.scores not in ("auto", "magnitude", "obs"):
-            raise PreconditionError(
-                f"{self.name} scores by 'auto', 'magnitude' or 'obs', got {self.scores!r}"
-            )
-        if self.scores == "obs" and context.calibration is None:
-            raise PreconditionError(
-                f"{self.name} with scores='obs' needs calibration data; pass calibration=..."
-            )
+        check_scores(self.name, self.scores, context)
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Propose the same share for every group that can be pruned."""
@@ -260,11 +256,13 @@ class PruneChannels(Pass):
         if context.budget is None:
             return sizes(self.share, self.head_loss)
         budget = context.budget * total_cost(program).flops
+
+        def fits(share: float, head_loss: float) -> bool:
+            return flops_with(program, sizes(share, head_loss)) <= budget
+
         for head_loss in (self.head_loss, 1.0):
-            share = _largest(
-                lambda value, loss=head_loss: flops_with(program, sizes(value, loss)) <= budget
-            )
-            if flops_with(program, sizes(share, head_loss)) <= budget:
+            share = largest_share(partial(fits, head_loss=head_loss))
+            if fits(share, head_loss):
                 break
         return sizes(share, head_loss)
 
@@ -360,15 +358,6 @@ class PruneChannels(Pass):
             for contraction in _consumers(program, group)
         ]
         return max(errors, default=None)
-
-
-def _largest(fits: Any) -> float:
-    """Return the largest share in (0, 1], to 1/1024, that fits; the smallest if none does."""
-    low, high = 0, 1024
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle / 1024) else (low, middle - 1)
-    return max(low, 1) / 1024
 
 
 def _names(group: ChannelGroup) -> list[str]:

@@ -209,7 +209,8 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     data = printed_json("passes")
     assert isinstance(data["passes"], list)
     names = {entry["name"] for entry in data["passes"]}
-    assert names == {"factorize-low-rank", "fold-batch-norm", "fuse-projections", "prune-channels"}
+    compressing = {"factorize-low-rank", "prune-channels", "sparsify-blocks"}
+    assert names == compressing | {"fold-batch-norm", "fuse-projections"}
     assert isinstance(data["recipes"], dict)
     assert set(data["recipes"]) == {"deploy", "exact", "train"}
     assert "round_to = 8" in run("passes").stdout

@@ -39,13 +39,14 @@ def normalized() -> nn.Module:
 
 MODELS: dict[str, tuple[Build, Any, Any]] = {
     "convolutions": (normalized, torch.randn(3, 3, 8, 8), None),
-    **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "cnn")},
+    **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn")},
 }
 CASES: dict[str, tuple[str, ...]] = {
     "fold-batch-norm": ("convolutions",),
     "fuse-projections": ("llama",),
     "prune-channels": ("bert-classifier", "gpt2", "llama", "cnn"),
     "factorize-low-rank": ("bert-classifier",),
+    "sparsify-blocks": ("bert-classifier", "gpt2", "llama", "modernbert"),
 }
 
 
