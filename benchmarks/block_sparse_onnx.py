@@ -132,8 +132,9 @@ def main(
                 rows.append(row)
                 typer.echo(
                     f"{in_features} -> {out_features}, tile {tile}, density {density}, "
-                    f"{tokens} tokens: {row.dense_processor_ms:.3f} / {row.sparse_processor_ms:.3f} ms = "
-                    f"{row.ratio:.2f} ({row.ratio_20:.2f} to {row.ratio_80:.2f})"
+                    f"{tokens} tokens: {row.dense_processor_ms:.3f} / "
+                    f"{row.sparse_processor_ms:.3f} ms = {row.ratio:.2f} "
+                    f"({row.ratio_20:.2f} to {row.ratio_80:.2f})"
                 )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_csv(output, rows, environment())
