@@ -1,6 +1,7 @@
 """An optimizing compiler for the cost of PyTorch models that already exist."""
 
 from graphopt import errors as errors
+from graphopt import training as training
 from graphopt.api import optimize, plan
 from graphopt.capture import capture
 from graphopt.checkpoint import densify, load, save

@@ -23,5 +23,10 @@ __all__ = [
     "MissingExtraError",
     "PlanError",
     "PreconditionError",
+    "TrainingError",
     "VerificationError",
 ]
+
+
+class TrainingError(GraphoptError):
+    """A model cannot be trained as asked: its layers, its optimizer or its ranks do not fit."""
