@@ -7,6 +7,11 @@ HEAVY = ("triton", "onnx", "onnxscript", "onnxruntime", "transformers", "mlflow"
 
 
 def test_import_loads_nothing_heavy() -> None:
-    code = f"import graphopt, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    # torch imports triton by itself where it is installed (its FLOP counter, its compiler) and does
+    # without where it is not: here it is not, and what imported it would fail.
+    code = (
+        "import sys; sys.modules['triton'] = None; import graphopt; "
+        f"print([name for name in {HEAVY} if sys.modules.get(name)])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
