@@ -18,6 +18,8 @@ from graphopt.kernels.block_sparse_operator import apply_activation, check_opera
 
 from .packed import packed_linear, side_by_side
 
+_FEW_TILES = 4
+
 
 def block_sparse_linear(
     x: Tensor,
@@ -48,11 +50,15 @@ def block_sparse_linear_input_gradient(
     """Return `gradient W` [tokens, in_features]."""
     _, block_out, block_in = values.shape
     tokens, out_features = gradient.shape
-    result = gradient.new_zeros(tokens, in_features // block_in, block_in)
+    # A few tiles are summed in their own dtype, many in float32: each sum rounds once more.
+    many = out_features // block_out > _FEW_TILES and gradient.dtype.itemsize == 2
+    dtype = torch.float32 if many else gradient.dtype
+    result = gradient.new_zeros(tokens, in_features // block_in, block_in, dtype=dtype)
     for tile in _tiles(rows, columns, block_out, out_features):
         product = torch.mm(gradient[:, tile.outputs], side_by_side(values[tile.blocks]))
-        result.index_add_(1, tile.columns, product.view(tokens, tile.columns.numel(), block_in))
-    return result.view(tokens, in_features)
+        groups = product.view(tokens, tile.columns.numel(), block_in)
+        result.index_add_(1, tile.columns, groups.to(dtype))
+    return result.view(tokens, in_features).to(gradient.dtype)
 
 
 def block_sparse_linear_weight_gradient(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def run(layout: BlockLayout, x: Tensor, values: Tensor, bias: Tensor | None) -> 
 def rounding_bound(dtype: torch.dtype, terms: int) -> float:
     """Bound a sum of products of numbers below 5, in float32 at least, stored in the dtype."""
     accumulated = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    return 25 * terms * accumulated + 5 * terms**0.5 * torch.finfo(dtype).eps
+    return 25 * terms * accumulated + 5 * math.sqrt(terms) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +147,7 @@ def test_equal_inputs_give_equal_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pattern", ["balanced", "empty row and column"])
 def test_gradients_are_the_numerical_ones(pattern: str) -> None:
     layout = layout_of(pattern, 3, 2)
-    leaves = operands(layout, 4, torch.float64)
+    leaves = [leaf for leaf in operands(layout, 4, torch.float64) if leaf is not None]
 
     def forward(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         return run(layout, x, values, bias)
