@@ -6,7 +6,7 @@ expects it to beat the dense product, and its self-test passed. Everything else 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import warnings
 from functools import cache
 
@@ -103,7 +103,11 @@ def _tile(
 @cache
 def _triton_is_installed() -> bool:
     """Return whether triton can be imported; warn once if it cannot."""
-    if importlib.util.find_spec("triton") is not None:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        pass
+    else:
         return True
     warnings.warn(
         "triton is not installed, so block-sparse layers on CUDA devices multiply their dense "

@@ -71,7 +71,9 @@ def block_layout(
                 f"expected fewer than {2**31} stored values in one weight, got {values}: the "
                 "kernels count them in int32; split the layer along its outputs"
             )
-        return BlockLayout(out_features, in_features, *block, rows.cpu(), columns.cpu())
+        # Copies: what is kept must not keep the indices it was derived from alive.
+        on_cpu = (indices.to("cpu", copy=True) for indices in (rows, columns))
+        return BlockLayout(out_features, in_features, *block, *on_cpu)
 
     return _layouts.get((rows, columns), (out_features, in_features, block), compute)
 

@@ -1,0 +1,30 @@
+"""What the CUDA key of the operators runs where triton is not installed."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys, warnings
+sys.modules["triton"] = None
+import torch
+from graphopt.kernels import BlockLayout, block_sparse_linear_reference
+from graphopt.kernels.gpu import dispatch, tiles
+
+# A CUDA device would be asked for its architecture: this one has tiles.
+dispatch.architecture = lambda device: "sm_90"
+layout = BlockLayout.from_mask(torch.eye(4, dtype=torch.bool), 128, 128)
+x, values = torch.randn(5, 512), torch.randn(4, 128, 128)
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = dispatch.block_sparse_linear(x, values, None, layout.rows, layout.columns, 512)
+print([str(one.message) for one in found])
+print(torch.equal(y, block_sparse_linear_reference(x, values, None, layout)))
+"""
+
+
+def test_the_dense_form_runs_with_one_warning() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    warnings, same = done.stdout.splitlines()
+    assert warnings.count("install graphopt[triton] for the sparse kernels") == 1, done.stderr
+    assert same == "True"
