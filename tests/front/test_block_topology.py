@@ -173,8 +173,8 @@ def test_the_share_falls_as_a_cosine_and_updates_stop() -> None:
     layer = random_layer(0.5)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     topology = BlockTopology(layer, optimizer, total_steps=1000)
-    shares = [topology.drop_fraction_at(step) for step in (0, 375, 750, 751)]
-    assert shares == pytest.approx([0.3, 0.15, 0, 0])
+    shares = [topology.drop_fraction_at(step) for step in (0, 250, 375, 750, 751)]
+    assert shares == pytest.approx([0.3, 0.225, 0.15, 0, 0])
     short = BlockTopology(layer, optimizer, total_steps=40, drop_fraction=0.6, interval=5)
     moved = train(layer, optimizer, short, range(40), random_layer(1.0))
     updates = [step for step, count in enumerate(moved, 1) if count]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import TrainingError
@@ -201,3 +201,37 @@ def test_a_watched_step_may_end_dense() -> None:
     densify_in_place(model, optimizer)
     train_step(model, optimizer, 0)
     assert topology.step() == 0
+
+
+class Turned(nn.Module):
+    """A linear layer that stores its weight as [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(WIDTH, 64) / 8)
+        self.shift = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.shift, x, self.kernel)
+
+
+def test_a_layer_of_another_class_comes_back_as_that_class() -> None:
+    model = graphopt.optimize(
+        nn.Sequential(Turned(), nn.Tanh(), nn.Linear(64, WIDTH)).train(),
+        torch.randn(4, WIDTH),
+        recipe=[pass_named("sparsify-blocks", block_out=16, block_in=8)],
+        measure=False,
+    )
+    layer = model.get_submodule("0")
+    assert isinstance(layer, BlockSparseLinear)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_step(model, optimizer, 0)
+    momentum = optimizer.state[layer.values]["momentum_buffer"]
+    densify_in_place(model, optimizer)
+    dense = model.get_submodule("0")
+    assert isinstance(dense, Turned)
+    assert dense.shift is layer.bias
+    assert torch.equal(dense.kernel, layer.weight.t())
+    moved = optimizer.state[dense.kernel]["momentum_buffer"]
+    assert torch.equal(moved, layer.layout.unpack(momentum).t())
+    train_step(model, optimizer, 1)
