@@ -14,7 +14,7 @@ class HasExportForm(Protocol):
     """A module whose operator an exported format does not have."""
 
     def export_form(self) -> nn.Module:
-        """Return a module that computes the same from operations that every format has."""
+        """Return a module, called the same way, made of operations that every format has."""
 
 
 @contextmanager

@@ -14,10 +14,12 @@ class TileGatherLinear(nn.Module):
     """`y = x W^T + b` by one dense product per row tile, over the inputs that the tile reads.
 
     Made of gather, product, sum and concatenation only, with constant operands, so it becomes
-    standard nodes in any exported format. Measured in ONNX Runtime: gathering whole column groups
-    is twice as fast as gathering single columns, a product per tile faster than one batched
-    product (its two transpositions cost more than the nodes they save), and a bias added to each
-    tile is fused into the product. It has no parameters and is not trained.
+    standard nodes in any exported format. It has no parameters and is not trained.
+
+    Why so, in ONNX Runtime (float32, 128 tokens, tiles of 256 to 1024): gathering single columns
+    instead of groups makes the layer 1.3 to 2.4 times slower, and one batched product for all
+    tiles 11 to 25 % slower, for its two transpositions. A bias added per tile is fused into the
+    product: up to 8 % faster than one added after the concatenation, where inputs are few.
 
     Args:
         layout: Which blocks are stored; row tiles may hold unequal numbers of them, or none.
