@@ -1,0 +1,74 @@
+"""What Triton's compiler makes of the tile table, and that the committed report says the same."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "kernels_ahead_of_time.py"
+TABLE = BENCHMARKS / "results" / "kernels_ahead_of_time.csv"
+# What a row is; the rest is what the compiler of one release made of it.
+IDENTITY = ("operation", "product", "precision", "architecture", "block_out", "block_in", "width")
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    specification = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, SCRIPT.stem, module)
+    specification.loader.exec_module(module)
+    return module
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_every_row_compiles_without_faults_as_the_committed_table_says(tmp_path: Path) -> None:
+    output = tmp_path / "table.csv"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--output", str(output)],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, committed = rows_of(output), rows_of(TABLE)
+    if found[0]["triton"] != committed[0]["triton"]:
+        found, committed = (
+            [{name: row[name] for name in IDENTITY} for row in rows] for rows in (found, committed)
+        )
+    assert found == committed
+
+
+def test_tiles_that_do_not_fit_have_faults(script: ModuleType) -> None:
+    """256 tokens by 128 outputs leave sm_80 no registers, and sm_86 no shared memory besides."""
+    largest = next(v for v in script.variants() if v.tile.span == 256)
+    for name, fault in (("sm_80", "spills"), ("sm_86", "bytes of shared memory")):
+        tile = replace(largest.tile, architecture=name, stages=4)
+        row = script.compile_variant(script.Variant(tile, "input_gradient", (128, 128)))
+        assert any(fault in found for found in row.faults)
+
+
+def test_a_row_without_buffers_copies_or_its_instruction_has_faults(script: ModuleType) -> None:
+    tile = next(tile for tile in script.tiles() if tile.architecture == "sm_90")
+    row = script.compile_variant(script.Variant(tile, "input_gradient", (128, 128)))
+    assert row.faults == []
+    one_buffer = replace(row, shared_bytes=row.stage_bytes, buffers=1.0)
+    assert one_buffer.faults == [f"1.0 buffers for {row.stages} stages"]
+    assert replace(row, instruction="mma").faults == ["mma instead of wgmma"]
+    assert replace(row, asynchronous_copies=0).faults == ["no asynchronous copies"]
