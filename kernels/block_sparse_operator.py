@@ -154,13 +154,18 @@ def check_operands(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, bias, rows, columns, _, _, inference = inputs
-    if inference:
-        raise ValueError("block_sparse_linear with inference=True has no gradient; call it without")
+    # Programs exported without gradients may run where gradients are enabled, so the forward pass
+    # is no reason to refuse yet.
+    ctx.inference = inference
     ctx.save_for_backward(x, values, rows, columns)
     ctx.has_bias = bias is not None
 
 
 def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if context.inference:
+        raise RuntimeError(
+            "block_sparse_linear with inference=True has no gradient; call it without"
+        )
     x, values, rows, columns = context.saved_tensors
     for_x = for_values = for_bias = None
     if context.needs_input_grad[0]:

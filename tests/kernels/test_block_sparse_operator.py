@@ -246,5 +246,12 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         block_sparse_linear_inference(layout, x, values, bias, "tan")
     with pytest.raises(ValueError, match="relu is fused in inference only"):
         block_sparse_linear(x, values, bias, layout.rows, layout.columns, 18, "relu")
-    with pytest.raises(ValueError, match="has no gradient"):
-        block_sparse_linear(x, values, bias, layout.rows, layout.columns, 18, inference=True)
+
+
+def test_an_inference_product_runs_with_gradients_enabled_and_has_none() -> None:
+    layout = layout_of("balanced")
+    x, values, bias = operands(layout, 7, torch.float32)
+    result = block_sparse_linear(x, values, bias, layout.rows, layout.columns, 18, inference=True)
+    torch.testing.assert_close(result, run(layout, x, values, bias))
+    with pytest.raises(RuntimeError, match="inference=True has no gradient"):
+        result.sum().backward()
