@@ -13,7 +13,7 @@ from graphopt.errors import ConfigError, TrainingError
 from graphopt.kernels import BlockLayout, BlockSparseLinear
 
 from .missing_gradients import MissingGradients
-from .ranks import Group, average, require_same, whole, write
+from .ranks import Group, add_up, require_same, whole, write
 from .sparse_layers import block_norms, require_held, sparse_layers, state_tensors
 
 
@@ -29,10 +29,11 @@ class BlockTopology:
     moves along. Parameters stay the same objects, so wrappers and optimizers keep them. Blocks
     with equal norms go and come in the order of their places; equal bits give equal blocks.
 
-    Several ranks: the gradients of missing blocks are averaged over the ranks, as DDP and FSDP2
-    average those of the stored ones, and SHA-256 sums of the blocks are compared before and after
-    every choice. Works in plain loops, under DistributedDataParallel, and on layers sharded with
-    `fully_shard`, whose values and state are gathered one layer at a time for an update.
+    Several ranks: the gradients of missing blocks are added over the ranks (their order is that of
+    the mean, which DDP and FSDP2 take of the stored ones), and SHA-256 sums of the blocks are
+    compared before and after every choice. Works in plain loops, under DistributedDataParallel,
+    and on layers sharded with `fully_shard`, whose values and state are gathered one layer at a
+    time for an update.
 
     `torch.compile` overlooks hooks that come after it: run the steps with `updates_next` under
     `torch.compiler.set_stance("force_eager")`.
@@ -161,7 +162,7 @@ class BlockTopology:
         masks = {}
         for name, gradients in watched.items():
             total = gradients.sum()
-            average(total, self._group)
+            add_up(total, self._group)
             masks[name] = regrown(
                 layers[name].layout,
                 block_norms(whole(layers[name].values)),
@@ -175,7 +176,7 @@ class BlockTopology:
     def _require_gradients(self, watched: dict[str, MissingGradients]) -> None:
         rows = next(iter(watched.values())).layer.rows
         calls = rows.new_tensor([sum(item.total is not None for item in watched.values())]).float()
-        average(calls, self._group)
+        add_up(calls, self._group)
         if not calls.item():
             raise TrainingError(
                 f"expected gradients through the sparse layers in step {self._step}, got none; "

@@ -22,11 +22,10 @@ def is_shared(group: Group | None) -> bool:
     )
 
 
-def average(tensor: Tensor, group: Group | None) -> None:
-    """Replace a tensor by its mean over the ranks."""
+def add_up(tensor: Tensor, group: Group | None) -> None:
+    """Replace a tensor by its sum over the ranks."""
     if is_shared(group):
         distributed.all_reduce(tensor, group=group)
-        tensor /= distributed.get_world_size(group)
 
 
 def require_same(what: str, text: str, tensors: Iterable[Tensor], group: Group | None) -> None:

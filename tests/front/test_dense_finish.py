@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.errors import TrainingError
 from graphopt.kernels import BlockLayout, BlockSparseLinear
+from graphopt.passes.facts import total_cost
+from graphopt.passes.plan import cost_record
 from graphopt.passes.registry import pass_named
 from graphopt.runtime import installation_of
 from graphopt.training import BlockTopology, DensitySchedule, densify_in_place
@@ -148,6 +150,13 @@ def test_moved_and_fewer_blocks_are_saved(tmp_path: Path) -> None:
         assert layer.density == pytest.approx(0.3, abs=0.06)
         assert change.after.flops == round(change.before.flops * layer.density)
     assert after.flops < before.flops
+    assert found.program is not None
+    assert cost_record(total_cost(found.program)) == after
+    kept = installation_of(earlier)
+    assert kept is not None
+    assert kept.program is not None
+    assert kept.plan.totals is not None
+    assert cost_record(total_cost(kept.program)) == kept.plan.totals.after
     x = torch.randn(4, WIDTH)
     loaded = saved_and_loaded(model, tmp_path / "model")
     assert torch.equal(loaded(x), model.eval()(x))
