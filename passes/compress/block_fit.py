@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from graphopt.passes.axes import ChannelGroup
 from graphopt.passes.base import Change
@@ -59,14 +60,13 @@ def choose_blocks(
     for units in details.units:
         sizes.update(units.layers)
         layers.update({name: present_layer(program, name) for name in units.layers})
-    statistics = {name: _statistics(program, name, layers[name], calibration) for name in layers}
     matrices = {
-        name: SparseMatrix.of(layers[name].matrix, _power(layers[name], found), sizes[name])
-        for name, found in statistics.items()
+        name: SparseMatrix.of(item.matrix, _power(program, name, item, calibration), sizes[name])
+        for name, item in layers.items()
     }
     orders = [reorder(program, units, layers, matrices) for units in details.units]
-    order, known = matrices[change.target], statistics[change.target]
-    fit = _fit(layer, order, known, by_obs=by_obs, damping=damping)
+    known = _statistics(program, change.target, layer, calibration)
+    fit = _fit(layer, matrices[change.target], known, by_obs=by_obs, damping=damping)
     return BlockChoice(fit, tuple(item for item in orders if item is not None))
 
 
@@ -84,8 +84,7 @@ def _statistics(
     """Return the statistics of a layer, rows weighed by what the model's outputs lose."""
     if calibration is None:
         return None
-    calls = program.calls(name)
-    nodes = list(dict.fromkeys((node.all_input_nodes[0], -1) for node in calls))
+    calls, nodes = program.calls(name), _inputs(program, name)
     if len(calls) == 1 and reaches_outputs(program, calls[0]):
         found = calibration.weighted_statistics(program, nodes[0], None, calls[0])
         gram, metric = found.gram, found.metric
@@ -94,11 +93,18 @@ def _statistics(
     return _Statistics(gram.uncentered() if layer.bias is None else gram, metric)
 
 
-def _power(layer: LinearLayer, statistics: _Statistics | None) -> torch.Tensor:
-    """Return how much every input varies [in], the same for all without data."""
-    if statistics is None:
+def _power(
+    program: Program, name: str, layer: LinearLayer, calibration: Calibration | None
+) -> torch.Tensor:
+    """Return how much every input of a layer varies [in], the same for all without data."""
+    if calibration is None:
         return layer.matrix.new_ones(layer.in_features)
-    return statistics.gram.covariance.diagonal()
+    gram = calibration.statistics(program, _inputs(program, name))
+    return (gram.uncentered() if layer.bias is None else gram).covariance.diagonal()
+
+
+def _inputs(program: Program, name: str) -> list[tuple[fx.Node, int]]:
+    return list(dict.fromkeys((node.all_input_nodes[0], -1) for node in program.calls(name)))
 
 
 def _fit(
