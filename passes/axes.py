@@ -81,6 +81,8 @@ class ChannelGroup:
         kind: "heads", "head dimension", "channels" or "hidden units", from how it is used.
         members: Everything that must be sliced together.
         reasons: Why units cannot be removed; empty if they can.
+        placed: Whether units have a place of their own, so that they cannot be put in another
+            order; if not, the program computes the same in any, up to the order of sums.
     """
 
     axis: int
@@ -89,17 +91,12 @@ class ChannelGroup:
     kind: str
     members: tuple[Member, ...]
     reasons: tuple[str, ...]
+    placed: bool
 
     @property
     def prunable(self) -> bool:
         """Whether units can be removed."""
         return not self.reasons
-
-    @property
-    def reorderable(self) -> bool:
-        """Whether units can change places: what can be removed has no place of its own."""
-        alike = all(len({*map(len, member.units())}) == 1 for member in self.members)
-        return self.prunable and alike
 
     def of(self, role: Role) -> tuple[Member, ...]:
         """Return the members with a role."""
@@ -210,7 +207,14 @@ def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
         units = first.units()
         stride = units[1][0] - units[0][0] if len(units) > 1 else 0
         key = f"{first.parameter}/{first.dim}/{units[0][0]}/{stride}"
-        yield ChannelGroup(axis.number, key, axis.size, kinds.of(axis), tuple(found), tuple(why))
+        placed = not flow.symmetric.issuperset(why) or not all(map(_is_uniform, found))
+        kind = kinds.of(axis)
+        yield ChannelGroup(axis.number, key, axis.size, kind, tuple(found), tuple(why), placed)
+
+
+def _is_uniform(member: Member) -> bool:
+    """Say whether all units have equally many indices, so that any can take any place."""
+    return len({*map(len, member.units())}) == 1
 
 
 class _Roles:

@@ -226,7 +226,7 @@ def layer_norm(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
     """Normalise over the last dimensions."""
     x = flow.dims(a["input"])
     count = len(a["normalized_shape"])
-    flow.pin(x[-count:], f"is normalised over by {flow.where(node)}")
+    flow.pin(x[-count:], f"is normalised over by {flow.where(node)}", symmetric=True)
     flow.broadcast([x, flow.dims(a.get("weight")), flow.dims(a.get("bias"))])
     return _first_output(flow, node, x)
 

@@ -68,6 +68,10 @@ def same(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
     return dims if isinstance(value, torch.Tensor) else [dims] * len(tensors_of(value))
 
 
+_SYMMETRIC = frozenset({"sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "var_mean"})
+"""Reductions whose result does not depend on the order of what they reduce."""
+
+
 @rule(
     "sum",
     "mean",
@@ -98,7 +102,9 @@ def reduce(flow: Flow, node: fx.Node, a: Arguments) -> Terms | list[Terms]:
         return pointwise(flow, node, a)
     dims = flow.dims(node.all_input_nodes[0])
     gone = dimensions(a.get("dim"), len(dims)) if dims else []
-    flow.pin((dims[i] for i in gone), f"is reduced over by {flow.where(node)}")
+    alike = operator_name(node) in _SYMMETRIC
+    place = f"is reduced over by {flow.where(node)}"
+    flow.pin((dims[i] for i in gone), place, symmetric=alike)
     keep = bool(a.get("keepdim"))
     rest = tuple(ONE if i in gone else term for i, term in enumerate(dims) if keep or i not in gone)
     value = node.meta["val"]

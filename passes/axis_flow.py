@@ -90,6 +90,7 @@ class Flow(Unifier):
         sources: Per node computed from weights alone, the parameters and buffers it comes from.
         users: Per name the nodes of the program's graph that use it.
         pins: Terms that must keep their size, with the reason.
+        symmetric: The reasons among those that treat all units alike: these may change places.
         uses: What contractions and lookups do with weights.
         sites: Static sizes in the graph.
         splits: Nodes that cut a dimension into parts of given sizes: the dimension, the parts and
@@ -105,6 +106,7 @@ class Flow(Unifier):
     sources: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     users: dict[str, list[fx.Node]] = field(default_factory=dict)
     pins: list[tuple[Term, str]] = field(default_factory=list)
+    symmetric: set[str] = field(default_factory=set)
     uses: list[Use] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     splits: list[tuple[fx.Node, int, Terms, str]] = field(default_factory=list)
@@ -139,8 +141,10 @@ class Flow(Unifier):
             self.pin(term, pin)
         return term
 
-    def pin(self, terms: Term | Iterable[Term], reason: str) -> None:
-        """Say that dimensions must keep their size."""
+    def pin(self, terms: Term | Iterable[Term], reason: str, *, symmetric: bool = False) -> None:
+        """Say that dimensions must keep their size; if symmetric, units may still change places."""
+        if symmetric:
+            self.symmetric.add(reason)
         if isinstance(terms, Iterable):
             self.pins.extend((term, reason) for term in terms)
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import fx
 
 from graphopt.passes.axes import ChannelGroup, Member, axes_of
 from graphopt.passes.compress.block_details import BlockSizes, Units
@@ -79,9 +80,12 @@ def reorderings(
         sizes: Those of them that are to be sparse, in the order in which they become so.
     """
     result: dict[str, tuple[Units, ...]] = {}
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
     for group in axes_of(program).groups():
         found = dict(_sparse_members(group, {name: layers[name] for name in sizes}))
-        if group.kind != "hidden units" or not group.reorderable or not found:
+        if group.kind != "hidden units" or group.placed or not found:
+            continue
+        if not _lies_between(group, order):
             continue
         units = Units(group=group.key, layers={name: sizes[name] for name in found})
         first = next(iter(found))
@@ -117,6 +121,13 @@ def reorder(
         else:
             matrix.reorder_columns(source)
     return group, chosen
+
+
+def _lies_between(group: ChannelGroup, order: Mapping[fx.Node, int]) -> bool:
+    """Say whether all producers come before all consumers: in a residual stream they alternate."""
+    made = [order[node] for member in group.of("producer") for node in member.nodes]
+    used = [order[node] for member in group.of("consumer") for node in member.nodes]
+    return bool(made and used) and max(made) < min(used)
 
 
 def _sparse_members(
