@@ -1,7 +1,9 @@
 """What the CUDA key of the operators runs where triton is not installed."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 CODE = """
 import sys, warnings
@@ -28,3 +30,22 @@ def test_the_dense_form_runs_with_one_warning() -> None:
     warnings, same = done.stdout.splitlines()
     assert warnings.count("install graphopt[triton] for the sparse kernels") == 1, done.stderr
     assert same == "True"
+
+
+def test_the_gpu_benchmark_needs_little_and_ends_with_one_sentence_without_a_gpu() -> None:
+    """It runs where only torch, triton and numpy are installed."""
+    script = Path(__file__).parents[2] / "benchmarks" / "kernels_gpu.py"
+    code = (
+        "import runpy, sys; "
+        "missing = ('pydantic', 'yaml', 'typer', 'rich', 'onnx', 'safetensors', 'onnxruntime'); "
+        "sys.modules.update(dict.fromkeys(missing)); "
+        f"sys.argv = ['kernels_gpu.py']; runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "Nothing was measured: expected a CUDA device, and torch sees none here.\n"
+    )
