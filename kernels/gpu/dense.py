@@ -1,18 +1,18 @@
-"""The same products through the dense weight: what runs where no kernel runs or pays."""
+"""The same products through the dense weight: what runs where no kernel runs or pays.
+
+The weight is made at every call, at the cost of writing it once or twice. A kept one would be
+wrong after changes that torch does not count (averaged weights, gathered shards), and to look for
+these, a call would wait for the device longer than it takes to make it.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from graphopt.kernels.block_sparse_operator import apply_activation
 
-from .derived import Derived
-
 __all__ = ["forward", "input_gradient", "weight_gradient"]
-
-_weights: Derived[Tensor] = Derived()
 
 
 def forward(
@@ -23,24 +23,17 @@ def forward(
     columns: Tensor,
     out_features: int,
     activation: str,
-    inference: bool,
 ) -> Tensor:
-    """Return `activation(x W^T + bias)` [tokens, out_features]; in inference W is kept."""
-
-    def weight() -> Tensor:
-        return dense_weight(values, rows, columns, out_features, x.shape[1])
-
-    kept = inference and not torch.is_grad_enabled()
-    sizes = (out_features, x.shape[1])
-    matrix = _weights.get((values, rows, columns), sizes, weight) if kept else weight()
-    return apply_activation(functional.linear(x, matrix, bias), activation)
+    """Return `activation(x W^T + bias)` [tokens, out_features]."""
+    weight = _weight(values, rows, columns, out_features, x.shape[1])
+    return apply_activation(functional.linear(x, weight, bias), activation)
 
 
 def input_gradient(
     gradient: Tensor, values: Tensor, rows: Tensor, columns: Tensor, in_features: int
 ) -> Tensor:
     """Return `gradient W` [tokens, in_features]."""
-    return gradient @ dense_weight(values, rows, columns, gradient.shape[1], in_features)
+    return gradient @ _weight(values, rows, columns, gradient.shape[1], in_features)
 
 
 def weight_gradient(
@@ -53,7 +46,7 @@ def weight_gradient(
     return tiled[rows.long(), :, columns.long()].contiguous()
 
 
-def dense_weight(
+def _weight(
     values: Tensor, rows: Tensor, columns: Tensor, out_features: int, in_features: int
 ) -> Tensor:
     """Return W [out_features, in_features]: 0 where no block is stored.
@@ -61,7 +54,7 @@ def dense_weight(
     `BlockLayout.unpack` without the checks, which wait for the device.
     """
     _, block_out, block_in = values.shape
-    tiles, groups = out_features // block_out, in_features // block_in
-    tiled = values.new_zeros(tiles, groups, block_out, block_in)
-    tiled.index_put_((rows.long(), columns.long()), values)
-    return tiled.transpose(1, 2).reshape(out_features, in_features)
+    weight = values.new_zeros(out_features, in_features)
+    tiled = weight.view(out_features // block_out, block_out, in_features // block_in, block_in)
+    tiled.transpose(1, 2).index_put_((rows.long(), columns.long()), values)
+    return weight

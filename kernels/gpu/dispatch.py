@@ -44,7 +44,7 @@ def block_sparse_linear(
     density = values.numel() / (out_features * x.shape[1])
     tile = _tile("forward", x, block, density, activation)
     if tile is None:
-        return dense.forward(x, values, bias, rows, columns, out_features, activation, inference)
+        return dense.forward(x, values, bias, rows, columns, out_features, activation)
     from . import launch
 
     vector = None if bias is None else bias.contiguous()

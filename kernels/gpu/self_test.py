@@ -37,7 +37,15 @@ def works(
         device: Where it runs.
         block: Block sizes [block_out, block_in].
         activation: What it applies to the result.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured; the test cannot be part of it.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "expected block-sparse layers to have run once before a CUDA graph is captured: their "
+            "first call on a device compiles and tests a kernel; run the model once, then capture"
+        )
     # Two by three blocks, two of them missing; more tokens than a tile, fewer than two.
     mask = torch.tensor([[True, True, True], [False, True, False]])
     few = tile.operation == "multiply_few_tokens"

@@ -57,6 +57,17 @@ def test_activations(activation: str) -> None:
     assert problem.excess("forward", found, activation=activation) <= 1
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_in_its_token(activation: str) -> None:
+    problem = Problem.random(MASK, (64, 64), 70, torch.bfloat16, "cuda")
+    problem.x[3] = float("nan")
+    rows, columns = problem.layout.rows, problem.layout.columns
+    found = dispatch.block_sparse_linear(
+        problem.x, problem.values, problem.bias, rows, columns, 192, activation, True
+    )
+    assert found.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
 def test_a_layer_trains_and_compiles() -> None:
     layer = BlockSparseLinear.from_dense(nn.Linear(512, 512), 0.25, block_out=128, block_in=128)
     layer = layer.to("cuda", torch.bfloat16)

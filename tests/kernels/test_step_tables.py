@@ -105,12 +105,24 @@ def test_what_is_derived_follows_its_tensors() -> None:
     first, second = torch.zeros(3), torch.zeros(3)
     assert [kept.get((first, second), "a", compute) for _ in range(3)] == [1, 1, 1]
     assert kept.get((first, second), "b", compute) == 2
+    # DistributedDataParallel writes equal buffers at every forward.
+    second.copy_(torch.zeros(3))
+    assert kept.get((first, second.clone()), "a", compute) == 1
     second.add_(1)
     assert kept.get((first, second), "a", compute) == 3
-    assert kept.get((first, second.clone()), "a", compute) == 4
+    assert kept.get((first, torch.full((3,), 2.0)), "a", compute) == 4
+    first.data = torch.ones(3)
+    assert kept.get((first, torch.full((3,), 2.0)), "a", compute) == 5
+
+
+def test_what_is_derived_follows_tensors_that_count_no_changes() -> None:
+    kept: Derived[Tensor] = Derived()
     with torch.inference_mode():
         uncounted = torch.zeros(3)
-        assert [kept.get((uncounted,), "a", compute) for _ in range(2)] == [5, 6]
+        first, second = (kept.get((uncounted,), "a", uncounted.clone) for _ in range(2))
+        assert first is second
+        uncounted.add_(1)
+        assert torch.equal(kept.get((uncounted,), "a", uncounted.clone), torch.ones(3))
 
 
 def test_what_is_derived_keeps_no_tensor_alive() -> None:

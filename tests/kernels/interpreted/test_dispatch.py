@@ -152,7 +152,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     arguments = (problem.x, problem.values, problem.bias, *indices(problem), 64)
     with pytest.warns(RuntimeWarning, match=r"failed its self-test on cpu.*times what rounding"):
         y = block_sparse_linear(*arguments)
-    assert torch.equal(y, dense.forward(*arguments, "none", False))
+    assert torch.equal(y, dense.forward(*arguments, "none"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         block_sparse_linear(*arguments)
