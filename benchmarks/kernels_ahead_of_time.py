@@ -3,8 +3,8 @@
 Compiles each row for its architecture, reads registers, stack and shared memory from the binary and
 instructions from the PTX, and checks them: no spills, shared memory within the architecture's
 limit and at least stages - 1 buffers of both operands, tensor-core instructions (Hopper's own,
-wgmma, wherever a side of the tile has the 64 rows it needs), asynchronous copies. No time is
-measured: nothing runs.
+wgmma, wherever a side of the tile has the 64 rows it needs), asynchronous copies of 16 bytes (of
+4 where TensorFloat-32 operands are turned around). No time is measured: nothing runs.
 
     python benchmarks/kernels_ahead_of_time.py
 """
@@ -101,7 +101,8 @@ class Row:
     buffers: float
     instruction: str
     instructions: int
-    asynchronous_copies: int
+    copies_of_16_bytes: int
+    smaller_copies: int
     triton: str
 
     @property
@@ -116,8 +117,11 @@ class Row:
             found.append(f"{self.buffers} buffers for {self.stages} stages")
         if self.instruction != self._wanted_instruction:
             found.append(f"{self.instruction} instead of {self._wanted_instruction}")
-        if not self.asynchronous_copies:
+        if not self.copies_of_16_bytes and not self.smaller_copies:
             found.append("no asynchronous copies")
+        # Hopper wants float32 operands turned around, which copies element by element.
+        if self.smaller_copies and self.precision != "tf32":
+            found.append(f"{self.smaller_copies} copies of less than 16 bytes")
         return found
 
     @property
@@ -197,7 +201,8 @@ def compile_variant(variant: Variant) -> Row:
         buffers=round(shared_bytes / stage_bytes, 2),
         instruction=instruction,
         instructions=counts.get(instruction, 0),
-        asynchronous_copies=len(re.findall(r"cp\.async\.(?:ca|cg|bulk)", ptx)),
+        copies_of_16_bytes=len(re.findall(r"cp\.async\.(?:cg|bulk\.tensor)", ptx)),
+        smaller_copies=len(re.findall(r"cp\.async\.ca", ptx)),
         triton=triton.__version__,
     )
 

@@ -71,4 +71,5 @@ def test_a_row_without_buffers_copies_or_its_instruction_has_faults(script: Modu
     one_buffer = replace(row, shared_bytes=row.stage_bytes, buffers=1.0)
     assert one_buffer.faults == [f"1.0 buffers for {row.stages} stages"]
     assert replace(row, instruction="mma").faults == ["mma instead of wgmma"]
-    assert replace(row, asynchronous_copies=0).faults == ["no asynchronous copies"]
+    assert replace(row, copies_of_16_bytes=0).faults == ["no asynchronous copies"]
+    assert replace(row, smaller_copies=2).faults == ["2 copies of less than 16 bytes"]

@@ -134,7 +134,7 @@ def test_the_dense_form_runs_where_no_kernel_does_or_pays(
     assert launched == []
 
 
-def test_no_tokens() -> None:
+def test_no_tokens(launched: list[str]) -> None:
     problem = Problem.random(MASK, (64, 64), 0, torch.float16)
     x, gradient, values = problem.x, problem.gradient, problem.values
     y = block_sparse_linear(x, values, problem.bias, *indices(problem), 128)
@@ -143,6 +143,8 @@ def test_no_tokens() -> None:
     assert (y.shape, dx.shape) == ((0, 128), (0, 256))
     assert dw.shape == values.shape
     assert not dw.any()
+    # A grid of no programs is an error on a device.
+    assert launched == []
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,12 +36,13 @@ def test_this_is_the_interpreter() -> None:
     assert launch.INTERPRETED
 
 
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("block", BLOCKS)
+# The interpreter computes tf32 as float32: three blocks walk its tiles.
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [(name, block) for name in DTYPES for block in BLOCKS[: 3 if name == "tf32" else None]],
+)
 def test_products_are_exact_but_for_rounding(name: str, block: tuple[int, int]) -> None:
     dtype, kind = DTYPES[name]
-    if kind == "tf32" and block not in BLOCKS[:3]:
-        pytest.skip("the interpreter computes tf32 as float32")
     problem = Problem.random(MASK, block, 150, dtype)
     for wanted in PRODUCTS:
         found = run(problem, wanted, tile_of(wanted, kind, block, 150))
