@@ -7,7 +7,7 @@ the density `efficiency` downwards. Every sparse result is compared with float64
 
 Dense baselines: `F.linear` at both float32 precisions of torch (another library on some
 processors), oneDNN with packed weights (inference only), and, as the rivals of another dtype,
-bfloat16 and dynamic int8. The plot needs matplotlib.
+bfloat16 and dynamic int8. The plot needs matplotlib (`pip install matplotlib`).
 
 `--routes` times the forms of the inference product instead; `graphopt/kernels/cpu/routes.py` holds
 the table that was read off those rows.
