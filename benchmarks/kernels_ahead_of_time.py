@@ -36,7 +36,15 @@ from graphopt.kernels.gpu.tiles import ARCHITECTURES, Tile, tiles
 
 RESULTS = Path(__file__).parent / "results" / "kernels_ahead_of_time.csv"
 
-_INTEGERS = {"tokens", "tiles", "dense_stride", "result_stride", "gradient_stride", "x_stride"}
+_INTEGERS = {
+    "tokens",
+    "tiles",
+    "share_size",
+    "dense_stride",
+    "result_stride",
+    "gradient_stride",
+    "x_stride",
+}
 _INDICES = {
     "starts",
     "order",
@@ -210,8 +218,6 @@ def compile_variant(variant: Variant) -> Row:
 def _argument_type(name: str, element: str, operation: str) -> str:
     if name in _INTEGERS:
         return "i32"
-    if name == "share_size":
-        return "i64"
     if name in _INDICES:
         return "*i32"
     # Weight gradients of shared tokens are summed in float32.

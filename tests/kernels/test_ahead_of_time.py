@@ -73,3 +73,19 @@ def test_a_row_without_buffers_copies_or_its_instruction_has_faults(script: Modu
     assert replace(row, instruction="mma").faults == ["mma instead of wgmma"]
     assert replace(row, copies_of_16_bytes=0).faults == ["no asynchronous copies"]
     assert replace(row, smaller_copies=2).faults == ["2 copies of less than 16 bytes"]
+
+
+def test_the_sum_of_shares_compiles_everywhere(script: ModuleType) -> None:
+    """It has no tile: it only adds."""
+    kernel = script.block_sparse.add_partial_sums
+    types = {"partial_sums": "*fp32", "bias": "*bf16", "result": "*bf16"}
+    constants = {"TILE": 256, "HAS_BIAS": True, "ACTIVATION": "gelu"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = script.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    for name in script.ARCHITECTURES:
+        target = script.GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+        binary = script.triton.compile(source, target=target).asm["cubin"]
+        assert script._resources(binary)[1] == 0
