@@ -329,7 +329,7 @@ def _route_row(
         tiles_ms=found["tiles"],
         batched_ms=found["batched"],
         dense_ms=found["dense"],
-        chosen=routes.choose_route(dtype, tokens, tile, density, balanced=True),
+        chosen=routes.choose_route(dtype, tokens, sizes[1] // tile, density, balanced=True),
     )
 
 

@@ -50,7 +50,11 @@ class PackedWeight:
     def __call__(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Map x [tokens, in_features] to [tokens, out_features] in the fastest form."""
         route = choose_route(
-            x.dtype, x.shape[0], values.shape[1], self._density, balanced=self._is_balanced
+            x.dtype,
+            x.shape[0],
+            self._layout.row_tiles,
+            self._density,
+            balanced=self._is_balanced,
         )
         if route not in self._forms:
             self._forms[route] = _FORMS[route](values, bias, self._layout)

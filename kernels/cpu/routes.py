@@ -16,27 +16,20 @@ Route = Literal["tiles", "batched", "dense"]
 DENSE_FROM = 0.9
 """Density from which the dense product is faster than any sparse one."""
 
-_LARGE_TILE_ROWS = 384
-_BATCHED_UP_TO = {
-    # (dtype, tiles of at least `_LARGE_TILE_ROWS` rows): tokens
-    ("float32 fast", False): 256,
-    ("float32 fast", True): 256,
-    ("float32", False): 64,
-    ("float32", True): 4,
-    ("bfloat16", False): 256,
-    ("bfloat16", True): 4,
-}
+_MANY_TILES = 8
+_FEW_TOKENS = {"float32": 8, "float32 fast": 32, "bfloat16": 128}
+"""Up to how many tokens one batched product beats many products of a row tile each."""
 
 
 def choose_route(
-    dtype: torch.dtype, tokens: int, block_out: int, density: float, *, balanced: bool
+    dtype: torch.dtype, tokens: int, row_tiles: int, density: float, *, balanced: bool
 ) -> Route:
     """Return the fastest form for a product.
 
     Args:
         dtype: Of the operands.
         tokens: Rows of the input.
-        block_out: Rows of a tile.
+        row_tiles: Row tiles of the weight.
         density: Stored share of the weight.
         balanced: Whether every row tile stores equally many blocks.
     """
@@ -45,5 +38,5 @@ def choose_route(
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         name = "float32 fast"
-    limit = _BATCHED_UP_TO.get((name, block_out >= _LARGE_TILE_ROWS), 64)
-    return "batched" if balanced and tokens <= limit else "tiles"
+    few = tokens <= _FEW_TOKENS.get(name, 32)
+    return "batched" if balanced and few and row_tiles >= _MANY_TILES else "tiles"

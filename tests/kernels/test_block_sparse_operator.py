@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.kernels import BlockLayout, block_sparse_linear, block_sparse_linear_reference
 from graphopt.kernels.block_sparse_operator import ACTIVATIONS
+from graphopt.kernels.cpu.routes import choose_route
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -103,18 +104,24 @@ def block_sparse_linear_inference(
         )
 
 
-@pytest.mark.parametrize("tokens", [3, 400])
-@pytest.mark.parametrize("block_out", [16, 400])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("tiles", "tokens", "kept", "route"),
+    [(9, 3, 2, "batched"), (9, 400, 2, "tiles"), (2, 3, 2, "tiles"), (3, 5, 4, "dense")],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_inference_form_gives_the_same(
-    dtype: torch.dtype, block_out: int, tokens: int
+    dtype: torch.dtype, tiles: int, tokens: int, kept: int, route: str, bias: bool
 ) -> None:
-    layout = layout_of("balanced", block_out, 8)
-    x, values, bias = operands(layout, tokens, dtype)
+    scores = torch.rand(tiles, 4, generator=torch.Generator().manual_seed(0))
+    layout = BlockLayout.from_scores(scores, kept / 4, 16, 8)
+    chosen = choose_route(dtype, tokens, tiles, layout.density, balanced=layout.is_balanced)
+    assert chosen == route
+    x, values, vector = operands(layout, tokens, dtype, bias=bias)
     expected = block_sparse_linear_reference(
-        x.double(), values.double(), None if bias is None else bias.double(), layout
+        x.double(), values.double(), None if vector is None else vector.double(), layout
     )
-    actual = block_sparse_linear_inference(layout, x, values, bias)
+    actual = block_sparse_linear_inference(layout, x, values, vector)
     bound = rounding_bound(dtype, layout.in_features + 1)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
 
