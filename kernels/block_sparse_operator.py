@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def block_sparse_linear(
         inference: Let the kernel keep rearranged copies of the values between calls and fuse the
             activation; no gradient is possible.
     """
-    result: Tensor = _OPERATORS.block_sparse_linear(
+    result: Tensor = _OPERATORS.block_sparse_linear.default(
         x, values, bias, rows, columns, out_features, activation, inference
     )
     return result
@@ -213,9 +213,12 @@ def _implementation(module: str, function: str) -> Any:
     The dispatcher leaves out arguments that equal the schema's defaults.
     """
 
+    @cache
+    def implementation() -> Any:
+        return getattr(importlib.import_module(module, __package__), function)
+
     def kernel(*args: Any) -> Tensor:
-        implementation = getattr(importlib.import_module(module, __package__), function)
-        result: Tensor = implementation(*args)
+        result: Tensor = implementation()(*args)
         return result
 
     return kernel

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
+_SAMPLES = 256
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -18,9 +19,9 @@ def derived(key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], T]
     """Return what `compute` makes of some tensors, computed again after any of them changed.
 
     It lives as long as the first of them, and is never saved. A change is seen by the tensor's
-    memory, its version, or the first element of every row: `p.data.copy_(...)`, as averaging of
-    weights does it, and gathered shards keep the version. Only an edit through `.data` that leaves
-    the first element of every row as it was is not seen.
+    memory, its version, or samples of floating values: the first element of every row, some
+    elements of a vector. `p.data.copy_(...)`, as averaging of weights does it, and gathered shards
+    keep the version. Only an edit through `.data` that leaves all samples as they were is not seen.
 
     Args:
         key: What is derived.
@@ -43,10 +44,16 @@ class _State:
 
     def __init__(self, source: Tensor) -> None:
         self._place = _place(source)
-        self._samples = _samples(source).clone()
+        self._view = _sampled(source) if source.is_floating_point() else None
+        self._samples = None if self._view is None else self._view.clone()
 
     def holds(self, source: Tensor) -> bool:
-        return _place(source) == self._place and torch.equal(_samples(source), self._samples)
+        # In the same place, so the view of then shows the elements of now.
+        if _place(source) != self._place:
+            return False
+        if self._view is None or self._samples is None:
+            return True
+        return torch.equal(self._view, self._samples)
 
 
 def _place(source: Tensor) -> tuple[int, int, torch.dtype]:
@@ -54,6 +61,11 @@ def _place(source: Tensor) -> tuple[int, int, torch.dtype]:
     return source.data_ptr(), version, source.dtype
 
 
-def _samples(source: Tensor) -> Tensor:
-    step = source.stride(0) if source.dim() else 1
-    return source.detach().as_strided(source.shape[:1], (step,))
+def _sampled(source: Tensor) -> Tensor:
+    """Return a view: the first element of every row, or evenly spaced ones of a vector."""
+    view = source.detach()
+    if source.dim() == 1:
+        return view[:: max(1, len(view) // _SAMPLES)]
+    for _ in source.shape[1:]:
+        view = view.select(1, 0)
+    return view
