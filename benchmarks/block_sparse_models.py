@@ -54,8 +54,8 @@ class Row:
 def main(
     model: Annotated[Path | None, typer.Option(help="Hugging Face directory.")] = None,
     density: Annotated[float, typer.Option(help="Share of the blocks that is kept.")] = 0.5,
-    tiles: Annotated[str, typer.Option(help="Rows of a block, one run each.")] = "256,768",
-    repeats: Annotated[int, typer.Option(help="Timed pairs.")] = 9,
+    tiles: Annotated[str, typer.Option(help="Rows of a block, one run each.")] = "384",
+    repeats: Annotated[int, typer.Option(help="Timed pairs.")] = 7,
     output: Annotated[Path, typer.Option(help="CSV file to add rows to.")] = (
         Path(__file__).parent / "results" / "block_sparse_models.csv"
     ),

@@ -89,6 +89,7 @@ class RouteRow:
     block_out: int
     density: float
     tiles_ms: float
+    direct_ms: float
     batched_ms: float
     dense_ms: float
     chosen: str
@@ -324,6 +325,7 @@ def _route_row(
         block_out=tile,
         density=density,
         tiles_ms=found["tiles"],
+        direct_ms=found["direct"],
         batched_ms=found["batched"],
         dense_ms=found["dense"],
         chosen=routes.choose_route(dtype, tokens, sizes[1] // tile, density, balanced=True),

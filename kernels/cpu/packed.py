@@ -13,6 +13,7 @@ from torch.nn import functional
 from graphopt.kernels.block_layout import BlockLayout
 from graphopt.kernels.derived import derived
 
+from .gathered_inputs import GatheredInputs
 from .routes import Route, choose_route
 
 Product = Callable[[Tensor], Tensor]
@@ -84,18 +85,43 @@ def _tiles(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product:
     return product
 
 
+def _direct(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product:
+    """Return a product per row tile that writes into its outputs.
+
+    The bias is a last row of every matrix, met by ones: this product adds no bias on its way.
+    """
+    bounds = list(accumulate(layout.blocks_per_row_tile.tolist(), initial=0))
+    biases = [None] * layout.row_tiles if bias is None else bias.view(layout.row_tiles, -1)
+    tiles = [
+        (
+            slice(tile * layout.block_out, (tile + 1) * layout.block_out),
+            layout.columns[start:end],
+            _with_bias(side_by_side(values[start:end]), biases[tile]).t().contiguous(),
+        )
+        for tile, (start, end) in enumerate(pairwise(bounds))
+    ]
+
+    def product(x: Tensor) -> Tensor:
+        result = x.new_empty(x.shape[0], layout.out_features)
+        inputs = GatheredInputs(x, layout.block_in, ones=bias is not None)
+        for outputs, columns, matrix in tiles:
+            torch.mm(inputs(columns), matrix, out=result[:, outputs])
+        return result
+
+    return product
+
+
 def _batched(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product:
     """Return one product over all row tiles, which store equally many blocks.
 
     The bias is a last row of every matrix, met by ones.
     """
     tiles, ones = layout.row_tiles, int(bias is not None)
-    matrices = [side_by_side(item) for item in values.unflatten(0, (tiles, -1))]
-    if bias is not None:
-        matrices = [
-            torch.cat([matrix, part[:, None]], 1)
-            for matrix, part in zip(matrices, bias.view(tiles, -1), strict=True)
-        ]
+    biases = [None] * tiles if bias is None else bias.view(tiles, -1)
+    matrices = [
+        _with_bias(side_by_side(part), vector)
+        for part, vector in zip(values.unflatten(0, (tiles, -1)), biases, strict=True)
+    ]
     weight = torch.stack(matrices).transpose(1, 2)
     width = weight.shape[1] - ones
 
@@ -118,6 +144,7 @@ def _dense(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product:
 
 _FORMS: dict[Route, Callable[[Tensor, Tensor | None, BlockLayout], Product]] = {
     "tiles": _tiles,
+    "direct": _direct,
     "batched": _batched,
     "dense": _dense,
 }
@@ -126,6 +153,11 @@ _FORMS: dict[Route, Callable[[Tensor, Tensor | None, BlockLayout], Product]] = {
 def side_by_side(values: Tensor) -> Tensor:
     """Return blocks [blocks, block_out, block_in] as one matrix [block_out, blocks * block_in]."""
     return values.transpose(0, 1).flatten(1)
+
+
+def _with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a matrix with the bias as one more column, if there is one."""
+    return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> Product:

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-Route = Literal["tiles", "batched", "dense"]
-"""One packed product per row tile; one batched product; the unpacked weight."""
+Route = Literal["tiles", "direct", "batched", "dense"]
+"""A packed product per row tile, copied to its outputs; a plain one written there; one batched
+product; the unpacked weight."""
 
 DENSE_FROM = 0.9
 """Density from which the dense product is faster than any sparse one."""
@@ -19,6 +20,9 @@ DENSE_FROM = 0.9
 _MANY_TILES = 8
 _FEW_TOKENS = {"float32": 8, "float32 fast": 32, "bfloat16": 128}
 """Up to how many tokens one batched product beats many products of a row tile each."""
+
+_MANY_TOKENS = {"float32 fast": 256, "bfloat16": 256}
+"""From how many tokens a product written to its place beats a packed one copied there."""
 
 
 def choose_route(
@@ -38,5 +42,6 @@ def choose_route(
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         name = "float32 fast"
-    few = tokens <= _FEW_TOKENS.get(name, 32)
-    return "batched" if balanced and few and row_tiles >= _MANY_TILES else "tiles"
+    if balanced and row_tiles >= _MANY_TILES and tokens <= _FEW_TOKENS.get(name, 32):
+        return "batched"
+    return "direct" if tokens >= _MANY_TOKENS.get(name, tokens + 1) else "tiles"

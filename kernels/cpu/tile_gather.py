@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphopt.kernels.block_sparse_operator import apply_activation, check_operands
 
+from .gathered_inputs import GatheredInputs
 from .packed import packed_linear, side_by_side
 
 _FEW_TILES = 4
@@ -37,7 +38,7 @@ def block_sparse_linear(
         product = packed_linear(x, values, bias, rows, columns, out_features)
         return apply_activation(product, activation)
     result = x.new_empty(x.shape[0], out_features)
-    inputs = _Gather(x, values.shape[2], ones=bias is not None)
+    inputs = GatheredInputs(x, values.shape[2], ones=bias is not None)
     for tile in _tiles(rows, columns, values.shape[1], out_features):
         matrix = _tile_matrix(values[tile.blocks], None if bias is None else bias[tile.outputs])
         torch.mm(inputs(tile.columns), matrix.t(), out=result[:, tile.outputs])
@@ -66,7 +67,7 @@ def block_sparse_linear_weight_gradient(
 ) -> Tensor:
     """Return the stored blocks of `gradient^T x` [blocks, block_out, block_in]."""
     result = x.new_empty(rows.shape[0], block_out, block_in)
-    inputs = _Gather(x, block_in, ones=False)
+    inputs = GatheredInputs(x, block_in, ones=False)
     for tile in _tiles(rows, columns, block_out, gradient.shape[1]):
         product = torch.mm(gradient[:, tile.outputs].t(), inputs(tile.columns))
         result[tile.blocks] = product.view(block_out, tile.columns.numel(), block_in).transpose(
@@ -91,27 +92,6 @@ def _tiles(rows: Tensor, columns: Tensor, block_out: int, out_features: int) -> 
         blocks = slice(start, start + count)
         yield _Tile(blocks, slice(tile * block_out, (tile + 1) * block_out), columns[blocks])
         start += count
-
-
-class _Gather:
-    """Gathers column groups of x [tokens, in_features] into one buffer that it keeps."""
-
-    def __init__(self, x: Tensor, block_in: int, *, ones: bool) -> None:
-        self._groups = x.contiguous().unflatten(1, (-1, block_in))
-        self._ones = int(ones)
-        self._buffer = x.new_empty(0, 0)
-
-    def __call__(self, columns: Tensor) -> Tensor:
-        """Return [tokens, groups * block_in (+ 1)], valid until the next call."""
-        tokens, _, block_in = self._groups.shape
-        count = columns.numel()
-        width = count * block_in
-        if self._buffer.shape != (tokens, width + self._ones):
-            self._buffer = self._groups.new_empty(tokens, width + self._ones)
-            self._buffer[:, width:] = 1
-        gathered = self._buffer[:, :width].view(tokens, count, block_in)
-        torch.index_select(self._groups, 1, columns, out=gathered)
-        return self._buffer
 
 
 def _tile_matrix(values: Tensor, bias: Tensor | None) -> Tensor:

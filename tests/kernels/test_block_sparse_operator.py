@@ -116,7 +116,8 @@ def test_every_inference_form_gives_the_same(
     scores = torch.rand(tiles, 4, generator=torch.Generator().manual_seed(0))
     layout = BlockLayout.from_scores(scores, kept / 4, 16, 8)
     chosen = choose_route(dtype, tokens, tiles, layout.density, balanced=layout.is_balanced)
-    assert chosen == route
+    written_in_place = dtype == torch.bfloat16 and tokens >= 256
+    assert chosen == ("direct" if written_in_place else route)
     x, values, vector = operands(layout, tokens, dtype, bias=bias)
     expected = block_sparse_linear_reference(
         x.double(), values.double(), None if vector is None else vector.double(), layout
