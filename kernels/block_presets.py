@@ -6,6 +6,9 @@ import torch
 
 _CPU_ROWS = 256
 _CPU_COLUMNS = 32
+_FEWEST_GROUPS = 4
+"""Fewer column groups than this leave densities little choice."""
+
 _CUDA_TRAINING = ((128, 128), (128, 64), (64, 64))
 _CUDA_INFERENCE = ((256, 32), (128, 32), (128, 64), (64, 64))
 
@@ -18,7 +21,7 @@ def block_sizes(
     On CUDA it is the first preset that divides the weight: 128x128, 128x64, 64x64 for training,
     256x32, 128x32, 128x64, 64x64 for inference. On a CPU a row tile has the fewest rows from 256
     on that divide the outputs (all of them where there are fewer), and a column group the divisor
-    of the inputs nearest to 32, from 8 to 128.
+    of the inputs nearest to 32, from 8 to 128, that makes four groups if one does.
 
     Raises:
         ValueError: No such blocks divide the weight.
@@ -32,7 +35,9 @@ def block_sizes(
         if groups:
             tiles = range(min(_CPU_ROWS, out_features), out_features + 1)
             tile = next(n for n in tiles if out_features % n == 0)
-            return tile, min(groups, key=lambda n: abs(n - _CPU_COLUMNS))
+            return tile, min(
+                groups, key=lambda n: (in_features // n < _FEWEST_GROUPS, abs(n - _CPU_COLUMNS))
+            )
     raise ValueError(
         f"expected a weight that blocks of this device divide, got {out_features} outputs and "
         f"{in_features} inputs; name block sizes yourself, or leave the layer dense"

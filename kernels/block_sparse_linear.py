@@ -82,7 +82,8 @@ class BlockSparseLinear(nn.Module):
             training: Whether the defaults are for training (it matters on CUDA).
 
         Raises:
-            ValueError: The density is outside (0, 1], or the layer's sizes have no such divisor.
+            ValueError: The density is outside (0, 1] or would keep everything, or the layer's
+                sizes have no such divisor.
         """
         weight = linear.weight.detach()
         if layout is None:
@@ -97,6 +98,11 @@ class BlockSparseLinear(nn.Module):
             scores = everything.pack(weight).double().square().sum((1, 2))
             grid = scores.view(everything.row_tiles, everything.column_groups)
             layout = BlockLayout.from_scores(grid, density, tile, group)
+            if density < 1 and layout.blocks == everything.blocks:
+                raise ValueError(
+                    f"a density of {density} keeps all of {everything.column_groups} column groups "
+                    f"of {group}; name a smaller block_in, or leave the layer dense"
+                )
         bias = linear.bias
         sparse = cls(layout, bias is not None, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():

@@ -181,8 +181,9 @@ def test_frozen_weights_leave_the_gradient_to_an_adapter() -> None:
     [
         ((3072, 768), "cpu", False, (256, 32)),
         ((384, 384), "cpu", True, (384, 32)),
-        ((100, 60), "cpu", False, (100, 30)),
-        ((1000, 48), "cpu", False, (500, 24)),
+        ((100, 60), "cpu", False, (100, 15)),
+        ((1000, 48), "cpu", False, (500, 12)),
+        ((64, 20), "cpu", False, (64, 20)),
         ((3072, 768), "cuda", True, (128, 128)),
         ((3072, 64), "cuda", True, (128, 64)),
         ((3072, 768), "cuda", False, (256, 32)),
@@ -197,6 +198,14 @@ def test_default_blocks_divide_the_weight(
 def test_a_weight_without_such_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="got 7 outputs and 131 inputs; name block sizes yourself"):
         BlockSparseLinear.from_dense(nn.Linear(131, 7))
+
+
+def test_a_density_that_removes_nothing_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"0\.5 keeps all of 1 column groups of 20; name a smaller"
+    ):
+        BlockSparseLinear.from_dense(nn.Linear(20, 64), 0.5)
+    assert BlockSparseLinear.from_dense(nn.Linear(20, 64), 1.0).density == 1
 
 
 def test_a_given_layout_is_used() -> None:
