@@ -199,11 +199,11 @@ def _dense_versions(
     if operation != "forward":
         return versions
     weight, bias = linear.weight.detach(), linear.bias.detach()
-    run = packed._linear(weight, bias)
+    run = packed.dense_product(weight, bias)
     versions["packed"] = lambda: run(x)
     if x.dtype == torch.float32:
         half = x.bfloat16()
-        run_half = packed._linear(weight.bfloat16(), bias.bfloat16())
+        run_half = packed.dense_product(weight.bfloat16(), bias.bfloat16())
         versions["bfloat16"] = lambda: run_half(half)
         versions["int8"] = _dynamic_int8(weight, bias, x)
     return versions
@@ -310,11 +310,11 @@ def _route_row(
     layer = BlockSparseLinear.from_dense(linear, density, block_out=tile, block_in=_GROUP)
     x = torch.randn(tokens, sizes[0], dtype=dtype)
     forms: list[Timed] = []
-    for build in packed._FORMS.values():
+    for build in packed.FORMS.values():
         forms.append(partial(build(layer.values, layer.bias, layer.layout), x))
     times = interleaved_ms(forms, torch.device("cpu"), budget_s)
     found = {
-        name: round(median(values), 4) for name, values in zip(packed._FORMS, times, strict=True)
+        name: round(median(values), 4) for name, values in zip(packed.FORMS, times, strict=True)
     }
     return RouteRow(
         dtype=str(dtype).removeprefix("torch."),

@@ -232,18 +232,17 @@ def _autocast(device: str, key: torch._C.DispatchKey) -> Any:
 
         def cast(item: Tensor) -> Tensor:
             # Autocast leaves float64 alone everywhere.
-            return item if item.dtype == torch.float64 else item.to(dtype)
-
-        def cast_weight(item: Tensor) -> Tensor:
+            if item.dtype in (dtype, torch.float64):
+                return item
             # The same tensor at every call, so that its packed form is found again. Tensors of
             # other types are traced or sharded.
-            if torch.is_grad_enabled() or type(item) not in (Tensor, Parameter):
-                return cast(item)
-            return derived(("cast", dtype), (item,), lambda: cast(item))
+            if item is x or torch.is_grad_enabled() or type(item) not in (Tensor, Parameter):
+                return item.to(dtype)
+            return derived(("cast", dtype), (item,), lambda: item.to(dtype))
 
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             result: Tensor = _OPERATORS.block_sparse_linear(
-                cast(x), cast_weight(values), None if bias is None else cast_weight(bias), *rest
+                cast(x), cast(values), None if bias is None else cast(bias), *rest
             )
             return result
 

@@ -23,6 +23,9 @@ def derived(key: Hashable, sources: tuple[Tensor, ...], compute: Callable[[], T]
     elements of a vector. `p.data.copy_(...)`, as averaging of weights does it, and gathered shards
     keep the version. Only an edit through `.data` that leaves all samples as they were is not seen.
 
+    The result must not hold one of these tensors, nor a view of one that was not detached: it
+    would keep itself alive.
+
     Args:
         key: What is derived.
         sources: All that it depends on.
@@ -44,7 +47,8 @@ class _State:
 
     def __init__(self, source: Tensor) -> None:
         self._place = _place(source)
-        self._view = _sampled(source) if source.is_floating_point() else None
+        sampled = source.is_floating_point() or source.is_inference()
+        self._view = _sampled(source) if sampled else None
         self._samples = None if self._view is None else self._view.clone()
 
     def holds(self, source: Tensor) -> bool:

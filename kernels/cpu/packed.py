@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from graphopt.kernels.derived import derived
 
 from .gathered_inputs import GatheredInputs
 from .routes import Route, choose_route
+from .row_tiles import RowTile, row_tiles
 
 Product = Callable[[Tensor], Tensor]
 """Maps [tokens, in_features] to [tokens, out_features]."""
@@ -58,28 +58,22 @@ class PackedWeight:
             balanced=self._is_balanced,
         )
         if route not in self._forms:
-            self._forms[route] = _FORMS[route](values, bias, self._layout)
+            self._forms[route] = FORMS[route](values.detach(), bias, self._layout)
         return self._forms[route](x)
 
 
 def _tiles(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product:
     """Return a product per row tile, on weights that oneDNN has packed where it can."""
-    bounds = list(accumulate(layout.blocks_per_row_tile.tolist(), initial=0))
-    biases = [None] * layout.row_tiles if bias is None else bias.view(layout.row_tiles, -1)
     tiles = [
-        (
-            slice(tile * layout.block_out, (tile + 1) * layout.block_out),
-            layout.columns[start:end],
-            _linear(side_by_side(values[start:end]), biases[tile]),
-        )
-        for tile, (start, end) in enumerate(pairwise(bounds))
+        (tile, dense_product(side_by_side(values[tile.blocks]), _part(bias, tile)))
+        for tile in _row_tiles(layout)
     ]
 
     def product(x: Tensor) -> Tensor:
         result = x.new_empty(x.shape[0], layout.out_features)
         groups = x.unflatten(1, (layout.column_groups, layout.block_in))
-        for outputs, columns, linear in tiles:
-            result[:, outputs] = linear(groups.index_select(1, columns).flatten(1))
+        for tile, linear in tiles:
+            result[:, tile.outputs] = linear(groups.index_select(1, tile.columns).flatten(1))
         return result
 
     return product
@@ -90,22 +84,16 @@ def _direct(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product
 
     The bias is a last row of every matrix, met by ones: this product adds no bias on its way.
     """
-    bounds = list(accumulate(layout.blocks_per_row_tile.tolist(), initial=0))
-    biases = [None] * layout.row_tiles if bias is None else bias.view(layout.row_tiles, -1)
     tiles = [
-        (
-            slice(tile * layout.block_out, (tile + 1) * layout.block_out),
-            layout.columns[start:end],
-            _with_bias(side_by_side(values[start:end]), biases[tile]).t().contiguous(),
-        )
-        for tile, (start, end) in enumerate(pairwise(bounds))
+        (tile, _with_bias(side_by_side(values[tile.blocks]), _part(bias, tile)).t().contiguous())
+        for tile in _row_tiles(layout)
     ]
 
     def product(x: Tensor) -> Tensor:
         result = x.new_empty(x.shape[0], layout.out_features)
         inputs = GatheredInputs(x, layout.block_in, ones=bias is not None)
-        for outputs, columns, matrix in tiles:
-            torch.mm(inputs(columns), matrix, out=result[:, outputs])
+        for tile, matrix in tiles:
+            torch.mm(inputs(tile.columns), matrix, out=result[:, tile.outputs])
         return result
 
     return product
@@ -139,10 +127,10 @@ def _batched(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Produc
 
 def _dense(values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Product:
     """Return the product with the unpacked weight."""
-    return _linear(layout.unpack(values), bias)
+    return dense_product(layout.unpack(values), bias)
 
 
-_FORMS: dict[Route, Callable[[Tensor, Tensor | None, BlockLayout], Product]] = {
+FORMS: dict[Route, Callable[[Tensor, Tensor | None, BlockLayout], Product]] = {
     "tiles": _tiles,
     "direct": _direct,
     "batched": _batched,
@@ -155,12 +143,20 @@ def side_by_side(values: Tensor) -> Tensor:
     return values.transpose(0, 1).flatten(1)
 
 
+def _row_tiles(layout: BlockLayout) -> Iterator[RowTile]:
+    return row_tiles(layout.rows, layout.columns, layout.block_out, layout.out_features)
+
+
+def _part(bias: Tensor | None, tile: RowTile) -> Tensor | None:
+    return None if bias is None else bias[tile.outputs]
+
+
 def _with_bias(matrix: Tensor, bias: Tensor | None) -> Tensor:
     """Return a matrix with the bias as one more column, if there is one."""
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Product:
+def dense_product(weight: Tensor, bias: Tensor | None) -> Product:
     """Return a dense layer, on weights packed by oneDNN where torch has it for this dtype.
 
     `F.linear` in float32 goes to another library, up to 2.3 times slower on AMD processors.

@@ -8,9 +8,6 @@ one more step of a long product costs next to nothing, a second pass over the ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -18,6 +15,7 @@ from graphopt.kernels.block_sparse_operator import apply_activation, check_opera
 
 from .gathered_inputs import GatheredInputs
 from .packed import packed_linear, side_by_side
+from .row_tiles import row_tiles
 
 _FEW_TILES = 4
 
@@ -39,7 +37,7 @@ def block_sparse_linear(
         return apply_activation(product, activation)
     result = x.new_empty(x.shape[0], out_features)
     inputs = GatheredInputs(x, values.shape[2], ones=bias is not None)
-    for tile in _tiles(rows, columns, values.shape[1], out_features):
+    for tile in row_tiles(rows, columns, values.shape[1], out_features):
         matrix = _tile_matrix(values[tile.blocks], None if bias is None else bias[tile.outputs])
         torch.mm(inputs(tile.columns), matrix.t(), out=result[:, tile.outputs])
     return result
@@ -55,7 +53,7 @@ def block_sparse_linear_input_gradient(
     many = out_features // block_out > _FEW_TILES and gradient.dtype.itemsize == 2
     dtype = torch.float32 if many else gradient.dtype
     result = gradient.new_zeros(tokens, in_features // block_in, block_in, dtype=dtype)
-    for tile in _tiles(rows, columns, block_out, out_features):
+    for tile in row_tiles(rows, columns, block_out, out_features):
         product = torch.mm(gradient[:, tile.outputs], side_by_side(values[tile.blocks]))
         groups = product.view(tokens, tile.columns.numel(), block_in)
         result.index_add_(1, tile.columns, groups.to(dtype))
@@ -68,30 +66,12 @@ def block_sparse_linear_weight_gradient(
     """Return the stored blocks of `gradient^T x` [blocks, block_out, block_in]."""
     result = x.new_empty(rows.shape[0], block_out, block_in)
     inputs = GatheredInputs(x, block_in, ones=False)
-    for tile in _tiles(rows, columns, block_out, gradient.shape[1]):
+    for tile in row_tiles(rows, columns, block_out, gradient.shape[1]):
         product = torch.mm(gradient[:, tile.outputs].t(), inputs(tile.columns))
         result[tile.blocks] = product.view(block_out, tile.columns.numel(), block_in).transpose(
             0, 1
         )
     return result
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """One row tile: its place among the blocks and the outputs, and its column groups."""
-
-    blocks: slice
-    outputs: slice
-    columns: Tensor
-
-
-def _tiles(rows: Tensor, columns: Tensor, block_out: int, out_features: int) -> Iterator[_Tile]:
-    start = 0
-    counts: list[int] = torch.bincount(rows, minlength=out_features // block_out).tolist()
-    for tile, count in enumerate(counts):
-        blocks = slice(start, start + count)
-        yield _Tile(blocks, slice(tile * block_out, (tile + 1) * block_out), columns[blocks])
-        start += count
 
 
 def _tile_matrix(values: Tensor, bias: Tensor | None) -> Tensor:

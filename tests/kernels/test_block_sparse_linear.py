@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,23 @@ def test_inference_follows_averaged_weights() -> None:
         sparse.values.data.copy_(torch.rand_like(sparse.values))
         expected = block_sparse_linear_reference(x, sparse.values, sparse.bias, sparse.layout)
         torch.testing.assert_close(sparse(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("block_in", "density"), [(8, 0.5), (24, 0.5), (8, 1.0)])
+@pytest.mark.parametrize("tokens", [3, 400])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_packed_weights_end_with_the_layer(
+    autocast: bool, tokens: int, block_in: int, density: float, dtype: torch.dtype
+) -> None:
+    linear = nn.Linear(48, 32, dtype=dtype)
+    sparse = BlockSparseLinear.from_dense(linear, density, block_out=16, block_in=block_in)
+    values = weakref.ref(sparse.values)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sparse(torch.randn(tokens, 48, dtype=dtype))
+    del sparse
+    gc.collect()
+    assert values() is None
 
 
 def test_it_learns_what_its_blocks_can_express() -> None:
