@@ -278,7 +278,7 @@ def _relative_error(
             "training step": grads,
         }[operation]
     pairs = zip(timed(), expected, strict=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    return max(float((a.double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs)
 
 
 def _measure_routes(output: Path, budget_s: float) -> None:
