@@ -8,6 +8,7 @@ if __name__ == "graphopt.kernels":
     from .block_sparse_operator import block_sparse_linear, block_sparse_linear_reference
     from .fused_linear import FusedLinear, FusedPart, fused_linear_reference
     from .low_rank import LowRankLinear, low_rank_linear_reference
+    from .token_rows import combine_rows, gather_rows, scatter_rows
 
     __all__ = [
         "BlockLayout",
@@ -17,8 +18,11 @@ if __name__ == "graphopt.kernels":
         "LowRankLinear",
         "block_sparse_linear",
         "block_sparse_linear_reference",
+        "combine_rows",
         "fused_linear_reference",
+        "gather_rows",
         "low_rank_linear_reference",
+        "scatter_rows",
     ]
 else:
     # transformers looks, by `import_module`, for a package of this name that is not ours. With the
