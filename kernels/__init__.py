@@ -7,6 +7,7 @@ if __name__ == "graphopt.kernels":
     from .block_sparse_linear import BlockSparseLinear
     from .block_sparse_operator import block_sparse_linear, block_sparse_linear_reference
     from .fused_linear import FusedLinear, FusedPart, fused_linear_reference
+    from .gates import Gate
     from .low_rank import LowRankLinear, low_rank_linear_reference
     from .token_rows import combine_rows, gather_rows, scatter_rows
 
@@ -15,6 +16,7 @@ if __name__ == "graphopt.kernels":
         "BlockSparseLinear",
         "FusedLinear",
         "FusedPart",
+        "Gate",
         "LowRankLinear",
         "block_sparse_linear",
         "block_sparse_linear_reference",

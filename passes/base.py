@@ -166,6 +166,10 @@ class Pass(ABC):
             PlanError: if the change does not fit the program.
         """
 
+    def trains_only(self, change: Change) -> bool:
+        """Say whether the change does nothing in evaluation mode, so that exports leave it out."""
+        return False
+
     @abstractmethod
     def restore(self, model: nn.Module, change: Change) -> None:
         """Undo the change on the modules, values included: an ordinary dense model again.
