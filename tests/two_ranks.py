@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import sys
@@ -129,6 +130,7 @@ def refuse_different_blocks(rank: int) -> None:
 
 
 def run_rank(rank: int, directory: str) -> None:
+    faulthandler.enable()  # a rank that dies in native code says where
     torch.set_num_threads(1)
     meeting = f"file://{directory}/store"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
