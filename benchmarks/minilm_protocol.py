@@ -32,11 +32,16 @@ def example() -> dict[str, torch.Tensor]:
 
 def read_texts(data: Path) -> list[str]:
     """Return the texts of the CSV file; end the script without it."""
+    return [text for _, text in read_rows(data)]
+
+
+def read_rows(data: Path) -> list[tuple[int, str]]:
+    """Return class (from 0) and text of every row of the CSV file; end the script without it."""
     if not data.exists():
         typer.echo(f"{data} is missing; see the docstring for where it comes from")
         raise typer.Exit(0)
     with data.open(newline="", encoding="utf-8") as file:
-        return [f"{row[1]} {row[2]}" for row in csv.reader(file)]
+        return [(int(row[0]) - 1, f"{row[1]} {row[2]}") for row in csv.reader(file)]
 
 
 def batches(texts: list[str], model: Path) -> Batches:
