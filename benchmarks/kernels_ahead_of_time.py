@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def compile_variant(variant: Variant) -> Row:
         target=GPUTarget("cuda", number, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
-    registers, stack_bytes = _resources(compiled.asm["cubin"])
+    registers, stack_bytes = resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     counts = {name: len(re.findall(pattern, ptx)) for name, pattern in _TENSOR_CORE.items()}
     instruction = max(counts, key=lambda name: counts[name])
@@ -226,7 +226,7 @@ def _argument_type(name: str, element: str, operation: str) -> str:
     return f"*{element}"
 
 
-def _resources(binary: bytes) -> tuple[int, int]:
+def resources(binary: bytes) -> tuple[int, int]:
     """Return registers per thread, and stack and local bytes: what spills."""
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -240,11 +240,12 @@ def _resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write the table anew."""
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Write a table of dataclasses anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     draft.replace(path)
@@ -266,7 +267,6 @@ def main() -> int:
             f"{row.registers} registers, {row.shared_bytes} bytes shared, {row.instructions} "
             f"{row.instruction}{''.join(f'  FAULT: {fault}' for fault in row.faults)}"
         )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     write_rows(options.output, rows)
     print(f"{len(rows)} kernels compiled with triton {triton.__version__}, {faults} with faults")
     return faults

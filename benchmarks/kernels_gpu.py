@@ -27,9 +27,10 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -418,14 +419,16 @@ def place_of() -> Place:
     )
 
 
-def add_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to the CSV file."""
+def add_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Add rows, all of one dataclass, to the CSV file."""
+    if not rows:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", encoding="utf-8", newline="") as file:
         file.write(old)
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
         if not old:
             writer.writeheader()
         for row in rows:

@@ -6,16 +6,13 @@ expects it to beat the dense product, and its self-test passed. Everything else 
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from functools import cache
-
 from torch import Tensor
 
 from graphopt.kernels.block_sparse_operator import check_operands
 
 from . import dense
 from .tiles import Tile, architecture, expected_efficiency, find_tile, precision, takes_blocks
+from .triton_package import triton_is_installed
 
 __all__ = [
     "block_sparse_linear",
@@ -92,30 +89,12 @@ def _tile(
     operation = "weight_gradient" if product == "weight_gradient" else "multiply"
     side = block[1] if product == "input_gradient" else block[0]
     tile = find_tile(operation, kind, name, side, tokens, activation)
-    if density >= expected_efficiency(tile, side) or not _triton_is_installed():
+    if density >= expected_efficiency(tile, side) or not triton_is_installed():
         return None
     from .self_test import works
 
     passed = works(product, tile, operand.dtype, operand.device, block, activation)
     return tile if passed else None
-
-
-@cache
-def _triton_is_installed() -> bool:
-    """Return whether triton can be imported; warn once if it cannot."""
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        pass
-    else:
-        return True
-    warnings.warn(
-        "triton is not installed, so block-sparse layers on CUDA devices multiply their dense "
-        "weight: install graphopt[triton] for the sparse kernels",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False
 
 
 def _aligned(operand: Tensor) -> Tensor:

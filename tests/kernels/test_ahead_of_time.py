@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the tile table, and that the committed report says the same."""
+"""What Triton's compiler makes of all kernels, and that the committed reports say the same."""
 
 import csv
 import importlib.util
@@ -14,22 +14,36 @@ import pytest
 pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPT = BENCHMARKS / "kernels_ahead_of_time.py"
-TABLE = BENCHMARKS / "results" / "kernels_ahead_of_time.csv"
 # What a row is; the rest is what the compiler of one release made of it.
-IDENTITY = ("operation", "product", "precision", "architecture", "block_out", "block_in", "width")
+IDENTITIES = {
+    "kernels_ahead_of_time": (
+        "operation",
+        "product",
+        "precision",
+        "architecture",
+        "block_out",
+        "block_in",
+        "width",
+    ),
+    "token_rows_ahead_of_time": ("kernel", "item_bytes", "architecture", "reads"),
+}
+
+
+def load(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    specification = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, name, module)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    specification = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, SCRIPT.stem, module)
-    specification.loader.exec_module(module)
-    return module
+    return load("kernels_ahead_of_time", tmp_path, monkeypatch)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -38,19 +52,23 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_every_row_compiles_without_faults_as_the_committed_table_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_every_row_compiles_without_faults_as_the_committed_table_says(
+    name: str, tmp_path: Path
+) -> None:
     output = tmp_path / "table.csv"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", str(output)],
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--output", str(output)],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found, committed = rows_of(output), rows_of(TABLE)
+    found, committed = rows_of(output), rows_of(BENCHMARKS / "results" / f"{name}.csv")
     if found[0]["triton"] != committed[0]["triton"]:
         found, committed = (
-            [{name: row[name] for name in IDENTITY} for row in rows] for rows in (found, committed)
+            [{field: row[field] for field in IDENTITIES[name]} for row in rows]
+            for rows in (found, committed)
         )
     assert found == committed
 
@@ -88,4 +106,21 @@ def test_the_sum_of_shares_compiles_everywhere(script: ModuleType) -> None:
     for name in script.ARCHITECTURES:
         target = script.GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
         binary = script.triton.compile(source, target=target).asm["cubin"]
-        assert script._resources(binary)[1] == 0
+        assert script.resources(binary)[1] == 0
+
+
+def test_rows_that_move_in_small_pieces_have_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load("token_rows_ahead_of_time", tmp_path, monkeypatch)
+    variant = script.Variant("combine", 2, "sm_90", 2)
+    assert script.compile_variant(variant).faults == []
+    # Rows whose distance is no multiple of 16 elements.
+    monkeypatch.setattr(script, "_UNEVEN", {"size", "width", "base_stride"})
+    faults = script.compile_variant(variant).faults
+    assert [fault.split(" instead")[0] for fault in faults] == [
+        "0 loads of 16 bytes",
+        "0 stores of 16 bytes",
+    ]
+    spilling = replace(script.compile_variant(variant), stack_bytes=8)
+    assert "spills 8 bytes" in spilling.faults

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys, warnings
 sys.modules["triton"] = None
 import torch
 from graphopt.kernels import BlockLayout, block_sparse_linear_reference
-from graphopt.kernels.gpu import dispatch, tiles
+from graphopt.kernels.gpu import dispatch, row_dispatch, tiles
 
 # A CUDA device would be asked for its architecture: this one has tiles.
 dispatch.architecture = lambda device: "sm_90"
@@ -20,26 +22,30 @@ with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
     for _ in range(2):
         y = dispatch.block_sparse_linear(x, values, None, layout.rows, layout.columns, 512)
+        rows = row_dispatch.gather_rows(x, torch.tensor([3, 1]))
 print([str(one.message) for one in found])
 print(torch.equal(y, block_sparse_linear_reference(x, values, None, layout)))
+print(torch.equal(rows, x[[3, 1]]))
 """
 
 
 def test_the_dense_form_runs_with_one_warning() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
-    warnings, same = done.stdout.splitlines()
-    assert warnings.count("install graphopt[triton] for the sparse kernels") == 1, done.stderr
-    assert same == "True"
+    warnings, *same = done.stdout.splitlines()
+    assert warnings.count("install graphopt[triton] for the kernels") == 1, done.stderr
+    assert same == ["True", "True"]
 
 
-def test_the_gpu_benchmark_needs_little_and_ends_with_one_sentence_without_a_gpu() -> None:
-    """It runs where only torch, triton and numpy are installed."""
-    script = Path(__file__).parents[2] / "benchmarks" / "kernels_gpu.py"
+@pytest.mark.parametrize("name", ["kernels_gpu.py", "token_rows_gpu.py"])
+def test_gpu_benchmarks_need_little_and_end_with_one_sentence_without_a_gpu(name: str) -> None:
+    """They run where only torch, triton and numpy are installed."""
+    script = Path(__file__).parents[2] / "benchmarks" / name
     code = (
         "import runpy, sys; "
         "missing = ('pydantic', 'yaml', 'typer', 'rich', 'onnx', 'safetensors', 'onnxruntime'); "
         "sys.modules.update(dict.fromkeys(missing)); "
-        f"sys.argv = ['kernels_gpu.py']; runpy.run_path({str(script)!r}, run_name='__main__')"
+        f"sys.path.insert(0, {str(script.parent)!r}); "
+        f"sys.argv = [{name!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

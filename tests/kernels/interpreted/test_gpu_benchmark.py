@@ -84,3 +84,25 @@ def test_rows_are_added_to_the_file(script: ModuleType, tmp_path: Path) -> None:
         found = list(csv.DictReader(file))
     assert [one["latency_ms"] for one in found] == ["0.33333", "0.33333"]
     assert found[0]["device"] == "card"
+
+
+def test_versions_that_move_rows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.kernels.gpu import row_launch
+
+    path = SCRIPT.with_name("token_rows_gpu.py")
+    monkeypatch.syspath_prepend(str(path.parent))
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    script = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, path.stem, script)
+    specification.loader.exec_module(script)
+    assert all(case.taken < case.rows for case in script.cases())
+    base, rows, index = script.operands_of(script.Case(12, 70, 5, "bfloat16"), "cpu")
+    right = row_launch.combine
+    for product, moved in (("gather", 10), ("scatter", 17), ("combine", 24)):
+        versions, moved_bytes = script.versions_of(product, base, rows, index)
+        assert moved_bytes == moved * 70 * 2
+        assert script.are_equal(versions)
+    monkeypatch.setattr(row_launch, "combine", lambda *args: right(*args) + 1)
+    assert not script.are_equal(script.versions_of("combine", base, rows, index)[0])
