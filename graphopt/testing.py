@@ -26,6 +26,7 @@ from graphopt.passes.plan import Plan
 from graphopt.passes.program import Program
 from graphopt.passes.snapshot import Snapshot
 from graphopt.passes.structure import flatten, outside_objects
+from graphopt.passes.unread import read_part
 from graphopt.passes.verifier import (
     Verifier,
     observe,
@@ -197,8 +198,9 @@ def _float64_gradients(program: Program) -> dict[str, torch.Tensor]:
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with preserved(model), torch.enable_grad():
         model.eval()
+        tensors = program.few_rows()
         with Float64Arithmetic():
-            outputs = program.run(*program.few_rows())
+            outputs = read_part(program, tensors, program.run(*tensors))
         losses = [value.square().mean() for value in outputs if _is_differentiable(value)]
         values = torch.autograd.grad(
             torch.stack(losses).sum(), list(trained.values()), allow_unused=True
@@ -278,8 +280,8 @@ def _assert_restores(
     args, kwargs = expand_arguments(program.signature, program.inputs.rebuild(tensors))
     with preserved(program.model), torch.no_grad():
         program.model.eval()
-        expected = program.run(*tensors)
-        actual, _ = flatten(dense.eval()(*args, **kwargs))
+        expected = read_part(program, tensors, program.run(*tensors))
+        actual = read_part(program, tensors, flatten(dense.eval()(*args, **kwargs))[0])
     outside = outside_objects(program.outputs)
     for value, reference, plain in zip(actual, expected, outside, strict=True):
         if plain:

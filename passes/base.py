@@ -143,6 +143,13 @@ class Pass(ABC):
     def requires(self, program: Program, context: Context) -> None:  # noqa: B027 - optional hook
         """Raise PreconditionError, with a sentence, if the pass cannot run at all."""
 
+    def note_unread(self, program: Program) -> None:  # noqa: B027 - optional hook
+        """Note on the program what of its call nobody reads, if the options say so.
+
+        This is `program.padding`, the input that marks padding, and `program.unread_outputs`. It
+        is called before the program is observed; `apply` notes the same.
+        """
+
     @abstractmethod
     def propose(self, program: Program, context: Context) -> Proposal:
         """Return what could change and what could not, with reasons; touch nothing."""

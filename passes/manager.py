@@ -99,6 +99,8 @@ class PassManager:
                 error names a directory with the plan to reproduce it.
         """
         before = total_cost(program)
+        for step in self.passes:
+            step.note_unread(program)
         verifier = Verifier(program, training=self.context.training) if self.verify else None
         for step in self._runnable(program):
             context = self._remaining(total_cost(program).flops / max(before.flops, 1))
@@ -114,7 +116,9 @@ class PassManager:
                 if verifier is None:
                     refresh(program)
                 else:
-                    verifier.check(step.name, exact=step.exact)
+                    made = self._changes[accepted:]
+                    trains_only = all(step.trains_only(record.change) for record in made)
+                    verifier.check(step.name, exact=step.exact, trains_only=trains_only)
             except VerificationError as error:
                 path = self._write_reproducer(program)
                 snapshot.restore()

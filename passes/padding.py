@@ -19,9 +19,12 @@ _LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.aten.gather.default)
 def padding_input(program: Program) -> str | None:
     """Return the name of the [batch, token] input that masks attention, None if there is none.
 
-    It is the integer or boolean input of two dimensions whose values, not passing through an
-    embedding, reach the mask of an attention or the scores before a softmax.
+    It is the input that the program was told (`program.padding`), or the integer or boolean input
+    of two dimensions whose values, not passing through an embedding, reach the mask of an attention
+    or the scores before a softmax.
     """
+    if program.padding is not None:
+        return program.padding
     found = _mask_place(program)
     return found[0].name if found else None
 
@@ -36,15 +39,27 @@ def real_tokens(program: Program, batch: Mapping[str, Any]) -> torch.Tensor | No
     mask = batch.get(name) if name else None
     if not isinstance(mask, torch.Tensor):
         return None
-    marks_real: bool = program.fact("padding input marks real tokens", _marks_real)
-    return mask.bool() if marks_real else ~mask.bool()
+    return mask.bool() if marks_real(program) else ~mask.bool()
+
+
+def marks_real(program: Program) -> bool:
+    """Say whether the padding input is non-zero at real tokens, else at padding.
+
+    A mask that does not reach an attention, or that cannot be run on the meta device, is taken to
+    mark the real tokens.
+    """
+    found: bool = program.call_fact("padding input marks real tokens", _marks_real)
+    return found
 
 
 def _marks_real(program: Program) -> bool:
     """Say whether an unmarked token is one that attention sees less of than a marked one."""
     found = _mask_place(program)
-    assert found is not None
+    if found is None or found[0].name != padding_input(program):
+        return True
     source, place = found
+    if any(tensor.is_meta for tensor in program.few_rows()):
+        return True
     index = program.placeholders.index(source)
     tensors = program.few_rows()
     token = min(1, tensors[index].shape[1] - 1)

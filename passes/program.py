@@ -75,6 +75,8 @@ class Program:
             the eager forward cannot run over rewritten modules.
         dtype: Type of the first float parameter; the graph holds constants of that type.
         ranges: Smallest and largest value of a dynamic size, by its symbol, where it is limited.
+        padding: Name of the input that marks padding, where somebody said so; None finds it.
+        unread_outputs: Positions of the output tensors that nobody reads: they may be anything.
     """
 
     def __init__(
@@ -99,6 +101,9 @@ class Program:
         self.rounding_modes = self.modes
         self.dtype = _float_dtype(model)
         self.ranges = ranges
+        self.padding: str | None = None
+        self.unread_outputs: frozenset[int] = frozenset()
+        self._call_facts: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._function: Callable[..., Any] | None = None
 
@@ -191,6 +196,7 @@ class Program:
         other = copy.copy(self)
         other.model = model
         other._facts = {}
+        other._call_facts = dict(self._call_facts)
         return other
 
     def fact(self, name: str, compute: Callable[[Program], Any]) -> Any:
@@ -198,6 +204,12 @@ class Program:
         if name not in self._facts:
             self._facts[name] = compute(self)
         return self._facts[name]
+
+    def call_fact(self, name: str, compute: Callable[[Program], Any]) -> Any:
+        """Return a cached analysis of the call, which is the same after every change."""
+        if name not in self._call_facts:
+            self._call_facts[name] = compute(self)
+        return self._call_facts[name]
 
     def module(self, name: str) -> nn.Module:
         """Return a submodule by name.
