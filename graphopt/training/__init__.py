@@ -1,7 +1,34 @@
-"""Training with block-sparse layers: blocks that move, a density that falls, a dense finish."""
+"""What a training loop needs to spend compute where it matters, and to know what it spent.
+
+Schedules follow a clock of operations, a ledger counts them, samples that are learned come less
+often, sparse blocks move; all of it resumes exactly, on one machine and on many.
+"""
 
 from graphopt.training.block_topology import BlockTopology
+from graphopt.training.clock import ComputeClock
 from graphopt.training.dense_finish import densify_in_place
 from graphopt.training.density_schedule import DensitySchedule
+from graphopt.training.distill import Teacher, distill
+from graphopt.training.executed_flops import ExecutedFlops
+from graphopt.training.ledger import Entry, Ledger
+from graphopt.training.ranks import in_step
+from graphopt.training.sample_gate import SampleGate
+from graphopt.training.sample_ids import WithSampleIds
+from graphopt.training.saved_training import load_training, save_training
 
-__all__ = ["BlockTopology", "DensitySchedule", "densify_in_place"]
+__all__ = [
+    "BlockTopology",
+    "ComputeClock",
+    "DensitySchedule",
+    "Entry",
+    "ExecutedFlops",
+    "Ledger",
+    "SampleGate",
+    "Teacher",
+    "WithSampleIds",
+    "densify_in_place",
+    "distill",
+    "in_step",
+    "load_training",
+    "save_training",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ class MissingGradients:
     def __init__(self, layer: BlockSparseLinear) -> None:
         self.layer = layer
         self.total: Tensor | None = None
-        self._missing = BlockLayout.from_mask(~layer.layout.mask(), layer.block_out, layer.block_in)
         # Where a compiler does see the hook, it must call it as it is.
         watch = torch.compiler.disable(self._watch)
         self._handle = layer.register_forward_hook(watch, with_kwargs=True)
@@ -53,6 +53,12 @@ class MissingGradients:
         grid = norms.new_zeros(self._missing.row_tiles, self._missing.column_groups)
         grid[self._missing.rows.long(), self._missing.columns.long()] = norms
         return grid
+
+    @cached_property
+    def _missing(self) -> BlockLayout:
+        """Return the blocks not stored, as of the first call: a checkpoint may come before it."""
+        layer = self.layer
+        return BlockLayout.from_mask(~layer.layout.mask(), layer.block_out, layer.block_in)
 
     def _watch(
         self, layer: BlockSparseLinear, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor

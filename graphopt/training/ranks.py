@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,6 +12,8 @@ from torch import Tensor, distributed, nn
 from graphopt.errors import TrainingError
 
 Group = distributed.ProcessGroup
+
+_Item = TypeVar("_Item")
 
 
 def is_shared(group: Group | None) -> bool:
@@ -20,6 +23,72 @@ def is_shared(group: Group | None) -> bool:
         and distributed.is_initialized()
         and distributed.get_world_size(group) > 1
     )
+
+
+def group_size(group: Group | None) -> int:
+    """Return how many ranks train this model, 1 without a process group."""
+    return distributed.get_world_size(group) if is_shared(group) else 1
+
+
+def group_rank(group: Group | None) -> int:
+    """Return which of the ranks this is."""
+    return distributed.get_rank(group) if is_shared(group) else 0
+
+
+def is_first(group: Group | None) -> bool:
+    """Say whether this rank writes what all ranks hold."""
+    return group_rank(group) == 0
+
+
+def gathered(tensor: Tensor, group: Group | None) -> Tensor:
+    """Return a tensor of every rank [ranks, ...], on the CPU; they must have one shape."""
+    if not is_shared(group):
+        return tensor.detach().cpu()[None]
+    mine = tensor.detach().contiguous().to(_device(group))
+    parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, mine, group=group)
+    return torch.stack(parts).cpu()
+
+
+def collected(values: Sequence[float], group: Group | None) -> Tensor:
+    """Return the numbers of every rank [ranks, values], float64; the same bits on every rank."""
+    return gathered(torch.tensor(values, dtype=torch.float64), group)
+
+
+def summed(tensor: Tensor, group: Group | None) -> Tensor:
+    """Return the sum of a tensor over the ranks, on the CPU; the same bits on every rank."""
+    total = tensor.detach().clone()
+    if is_shared(group):
+        total = total.to(_device(group))
+        distributed.all_reduce(total, group=group)
+    return total.cpu()
+
+
+def in_step(batches: Iterable[_Item], *, process_group: Group | None = None) -> Iterator[_Item]:
+    """Yield batches until the first rank has none left, so that no rank waits for another.
+
+    A step of several ranks contains messages, in which each waits for all: a rank with one batch
+    more than the others would wait for ever. What it has left is not used in this epoch.
+    Cost: one message per batch.
+
+    Args:
+        batches: This rank's batches, a `DataLoader` for instance.
+        process_group: The ranks that train together; all by default.
+    """
+    iterator = iter(batches)
+    missing = object()
+    while True:
+        batch = next(iterator, missing)
+        if not bool(collected([batch is not missing], process_group).all()):
+            return
+        yield batch  # type: ignore[misc]
+
+
+def _device(group: Group | None) -> torch.device:
+    """Return where the tensors of messages must lie."""
+    if distributed.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def add_up(tensor: Tensor, group: Group | None) -> None:
@@ -34,7 +103,7 @@ def require_same(what: str, text: str, tensors: Iterable[Tensor], group: Group |
     Args:
         what: What is compared, for the error.
         text: Must be the same on every rank.
-        tensors: One or more on one device, must be the same bits on every rank.
+        tensors: Must be the same bits on every rank.
         group: The ranks.
 
     Raises:
@@ -47,10 +116,8 @@ def require_same(what: str, text: str, tensors: Iterable[Tensor], group: Group |
     for item in items:
         digest.update(item.cpu().contiguous().numpy().tobytes())
     number = int.from_bytes(digest.digest()[:8], "big", signed=True)
-    mine = torch.tensor([number], device=items[0].device)
-    others = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(others, mine, group=group)
-    different = [rank for rank, other in enumerate(others) if not torch.equal(other, others[0])]
+    others = gathered(torch.tensor(number), group).tolist()
+    different = [rank for rank, other in enumerate(others) if other != others[0]]
     if different:
         raise TrainingError(
             f"expected the same {what} on every rank, got others on ranks {different} than on "
@@ -79,14 +146,19 @@ def whole(tensor: Tensor) -> Tensor:
 def write(target: Tensor, value: Tensor) -> None:
     """Overwrite a tensor in place; every rank writes its own part of a sharded one."""
     if is_sharded(target):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(target, DTensor)
-        # Without a source rank nothing is sent: every rank has the whole value.
-        parts = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(parts.to_local())
+        local: Tensor = target.to_local()  # type: ignore[attr-defined]
+        local.copy_(sharded_like(value, target).to_local())  # type: ignore[attr-defined]
     else:
         target.copy_(value)
+
+
+def sharded_like(value: Tensor, target: Tensor) -> Tensor:
+    """Return a whole tensor, which every rank has, sharded as another one is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    # Without a source rank nothing is sent.
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def refuse_wrapped(model: nn.Module, action: str) -> None:
