@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
@@ -36,11 +37,15 @@ class Emission:
     code: str = ""
 
 
-def emit(program: Program) -> Emission:
+def emit(program: Program, *, present: Mapping[str, int] = MappingProxyType({})) -> Emission:
     """Generate the functions of a program, block by block.
 
     A block whose nodes cannot run in one piece (something outside reads one of them and feeds
     another) stays part of the root function.
+
+    Args:
+        program: The program.
+        present: How many functions blocks have already, by name; the new ones come after them.
     """
     order = list(program.graph.nodes)
     position = {node: index for index, node in enumerate(order)}
@@ -64,7 +69,9 @@ def emit(program: Program) -> Emission:
         name, _, _ = key.partition("@")
         graph, inputs, outputs = _block_graph(members[key], name)
         call = root.call_module(
-            name, tuple(copies[n] for n in inputs), {"_graph": len(blocks[name])}
+            name,
+            tuple(copies[n] for n in inputs),
+            {"_graph": present.get(name, 0) + len(blocks[name])},
         )
         blocks[name].append(compile_graph(graph))
         sections.append(f"# {key}\n{graph.python_code('self').src.strip()}")

@@ -26,6 +26,7 @@ from graphopt.passes.structure import Constant, Container, Leaf, Structure, flat
 from .emission import emit
 
 _PREFIX = "Optimized"
+_FUNCTIONS = "_graphopt_functions"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,31 @@ def install(program: Program, plan: Plan, *, eager_refusal: str | None = None) -
     return model
 
 
+def install_beside(program: Program) -> Callable[..., Any]:
+    """Let the blocks of an optimized model run the parts of another graph over it, too.
+
+    Args:
+        program: That graph, on the same model.
+
+    Returns:
+        Its root function: (model, *input tensors) -> tuple of output tensors.
+    """
+    model = program.model
+    blocks = {
+        name: functions
+        for name, module in model.named_modules()
+        if (functions := getattr(type(module), _FUNCTIONS, None)) is not None
+    }
+    emission = emit(program, present={name: len(found) for name, found in blocks.items()})
+    for name, functions in emission.blocks.items():
+        if name in blocks:
+            blocks[name].extend(functions)
+        else:
+            block = model.get_submodule(name)
+            block.__class__ = _block_class(type(block), functions)
+    return emission.root
+
+
 def install_parts(model: nn.Module, plan: Plan) -> nn.Module:
     """Remember the plan on a model whose parts were installed one by one; it runs as before."""
     installation = Installation(None, plan, "")
@@ -94,7 +120,7 @@ def _block_class(original: type[nn.Module], functions: list[Callable[..., Any]])
             return original.forward(self, *args, **kwargs)
         return functions[_graph](self, *args)
 
-    return _subclass(original, {"forward": forward})
+    return _subclass(original, {"forward": forward, _FUNCTIONS: functions})
 
 
 def _model_class(

@@ -129,14 +129,22 @@ class _Propagation:
         return self.fakes[name]
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        node.meta["body"] = self.body(node, args, kwargs)
+        module, tensors = self._leaf(str(node.target))
+        return functional_call(module, tensors, args, kwargs)
+
+    def body(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph | None:
         name = str(node.target)
+        return _trace_body(name, *self._leaf(name), args, kwargs)
+
+    def _leaf(self, name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        """Return a leaf module and its tensors as fakes."""
         module = self.program.module(name)
         tensors = {
             key: self._fake(f"{name}.{key}", value)
             for key, value in [*module.named_parameters(), *module.named_buffers()]
         }
-        node.meta["body"] = _trace_body(name, module, tensors, args, kwargs)
-        return functional_call(module, tensors, args, kwargs)
+        return module, tensors
 
 
 def _trace_body(
@@ -169,4 +177,27 @@ def _trace_body(
             copies[node] = body.node_copy(node, copies.__getitem__)
         if node in copies:
             copies[node].meta = {"val": node.meta.get("val")}
+    return body
+
+
+def evaluation_body(program: Program, node: fx.Node) -> fx.Graph:
+    """Return the ATen graph of a leaf call as it is in evaluation mode.
+
+    Raises:
+        VerificationError: if the call has not exactly one tensor argument.
+    """
+    module = program.module(str(node.target))
+    modes = [(part, part.training) for part in module.modules()]
+    mode = _fake_mode(program)
+    try:
+        module.eval()
+        with mode, enable_python_dispatcher(), torch.no_grad():
+            propagation = _Propagation(program, mode)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            body = propagation.body(node, args, kwargs)
+    finally:
+        for part, training in modes:
+            part.training = training
+    if body is None:
+        raise VerificationError(f"{node.target} has not one tensor argument, so it has no graph")
     return body

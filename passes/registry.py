@@ -17,12 +17,22 @@ from .compress.sparsify_blocks import SparsifyBlocks
 from .errors import ConfigError
 from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
+from .exact.hoist_frozen_prefix import HoistFrozenPrefix
+from .exact.pack_tokens import PackTokens
 
 P = TypeVar("P", bound=Pass)
 
 _PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (FoldBatchNorm, FuseProjections, PruneChannels, FactorizeLowRank, SparsifyBlocks)
+    for cls in (
+        HoistFrozenPrefix,
+        FoldBatchNorm,
+        FuseProjections,
+        PruneChannels,
+        FactorizeLowRank,
+        SparsifyBlocks,
+        PackTokens,
+    )
 }
 
 

@@ -37,15 +37,28 @@ def normalized() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
 
 
+def frozen_below() -> nn.Module:
+    model = without_dropout(find_case("bert-classifier").build())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embeddings" not in name and "layer.0." not in name)
+    return model
+
+
 MODELS: dict[str, tuple[Build, Any, Any]] = {
     "convolutions": (normalized, torch.randn(3, 3, 8, 8), None),
+    "frozen-bert": (frozen_below, *from_zoo("bert-classifier")[1:]),
     **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn")},
+    **{
+        name: (*from_zoo(name)[:2], None) for name in ("llama-padded", "transformer-encoder-padded")
+    },
 }
 CASES: dict[str, tuple[str, ...]] = {
     "fold-batch-norm": ("convolutions",),
     "fuse-projections": ("llama",),
+    "hoist-frozen-prefix": ("frozen-bert",),
     "prune-channels": ("bert-classifier", "gpt2", "llama", "cnn"),
     "factorize-low-rank": ("bert-classifier",),
+    "pack-tokens": ("modernbert", "llama-padded", "transformer-encoder-padded"),
     "sparsify-blocks": ("gpt2", "llama", "modernbert"),
 }
 
