@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from .errors import VerificationError
 from .program import Program
@@ -22,6 +24,28 @@ def remember(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.nodes:
         if node.op not in ("placeholder", "output"):
             node.meta["computed_from"] = _inputs(node, model)
+
+
+def note_rows(program: Program, node: fx.Node, rows: int) -> None:
+    """Give a node, whose result's length depends on data, a value [rows] of integers.
+
+    The length is a new dynamic size; `refresh` keeps it.
+
+    Args:
+        program: The program.
+        node: A node of its graph.
+        rows: The length in the example, for costs; 0 and 1 count as 2, like no fixed size.
+    """
+    mode = _fake_mode(program)
+    environment = mode.shape_env
+    assert environment is not None
+    source = ConstantSource(f"rows_{node.name}")
+    symbol = environment.create_symbol(max(rows, 2), source, dynamic_dim=DimDynamic.DYNAMIC)
+    size = environment.create_symintnode(symbol, hint=max(rows, 2), source=source)
+    with mode:
+        device = node.all_input_nodes[0].meta["val"].device
+        node.meta["val"] = torch.empty((size,), dtype=torch.int64, device=device)
+    node.meta["computed_from"] = _inputs(node, program.model)
 
 
 def refresh(program: Program) -> None:

@@ -19,6 +19,7 @@ from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
 from .exact.hoist_frozen_prefix import HoistFrozenPrefix
 from .exact.pack_tokens import PackTokens
+from .gates.gate_tokens import GateTokens
 
 P = TypeVar("P", bound=Pass)
 
@@ -32,6 +33,7 @@ _PASSES: dict[str, type[Pass]] = {
         FactorizeLowRank,
         SparsifyBlocks,
         PackTokens,
+        GateTokens,
     )
 }
 

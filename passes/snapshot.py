@@ -16,7 +16,7 @@ class Snapshot:
         """Remember which objects are where; no tensor is copied."""
         self._program = program
         self._tables = [(module, _copied_table(module)) for module in program.model.modules()]
-        self._graph = _copied_graph(program.graph)
+        self._graph = copied_graph(program.graph)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -34,7 +34,7 @@ def _copied_table(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _copied_graph(graph: fx.Graph) -> fx.Graph:
+def copied_graph(graph: fx.Graph) -> fx.Graph:
     """Copy a graph with the graphs of its leaf calls: passes edit both."""
     result = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -44,5 +44,5 @@ def _copied_graph(graph: fx.Graph) -> fx.Graph:
         copy.meta = dict(node.meta)
         body = copy.meta.get("body")
         if body is not None:
-            copy.meta["body"] = _copied_graph(body)
+            copy.meta["body"] = copied_graph(body)
     return result

@@ -15,7 +15,7 @@ from .row_places import row_places
 
 
 @dataclass(frozen=True)
-class _Rows:
+class OutputRows:
     """The dimensions of an output that count samples and tokens."""
 
     rank: int
@@ -44,7 +44,7 @@ def read_part(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Any
 
 def readable_positions(program: Program, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Return, for every output, where it is read, for broadcasting; None for everywhere."""
-    rows: list[_Rows | None] = program.call_fact("rows of the outputs", _output_rows)
+    rows = output_rows(program)
     real = _real(program, tensors) if any(rows) else None
     result: list[Tensor | None] = []
     for position, found in enumerate(rows):
@@ -64,7 +64,7 @@ def _real(program: Program, tensors: Sequence[Tensor]) -> Tensor | None:
     return None if real is None or bool(real.all()) else real
 
 
-def _positions(real: Tensor, rows: _Rows) -> Tensor:
+def _positions(real: Tensor, rows: OutputRows) -> Tensor:
     """Return which elements of an output belong to real tokens, or to samples with such."""
 
     def at(value: Tensor, *dims: int) -> Tensor:
@@ -91,13 +91,23 @@ def _positions(real: Tensor, rows: _Rows) -> Tensor:
     return found
 
 
-def _output_rows(program: Program) -> list[_Rows | None]:
+def output_rows(program: Program) -> list[OutputRows | None]:
+    """Return where the rows of every output lie, None where it has none in plain places.
+
+    Found once: call it before a change that hides how outputs come from inputs.
+    """
+    found: list[OutputRows | None] = program.call_fact("rows of the outputs", _output_rows)
+    return found
+
+
+def _output_rows(program: Program) -> list[OutputRows | None]:
     name = padding_input(program)
     places = None if name is None else row_places(program, name)
-    result: list[_Rows | None] = []
-    for node in program.result.args[0]:  # type: ignore[union-attr]
-        tensor = isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
-        if places is None or not tensor:
+    result: list[OutputRows | None] = []
+    (nodes,) = program.result.args
+    assert isinstance(nodes, (tuple, list))
+    for node in nodes:
+        if places is None or not isinstance(node, fx.Node) or not _is_tensor(node):
             result.append(None)
             continue
         shape, place = shape_of(node), places.place(node)
@@ -109,5 +119,9 @@ def _output_rows(program: Program) -> list[_Rows | None]:
             sizes[dim] *= places.tokens
         plain = bool(sizes) and all(shape[dim] == size for dim, size in sizes.items())
         first = place is not None and place.token_first
-        result.append(_Rows(len(shape), batch, token, first) if plain else None)
+        result.append(OutputRows(len(shape), batch, token, first) if plain else None)
     return result
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)

@@ -184,7 +184,8 @@ class Flattened(nn.Module):
         self.layer = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer(x.reshape(-1, 8)).reshape(x.shape)
+        flat: Tensor = self.layer(x.reshape(-1, 8))
+        return x + flat.reshape(x.shape)
 
 
 def test_operators_over_tokens_mix() -> None:

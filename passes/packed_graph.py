@@ -1,0 +1,186 @@
+"""Rewriting a graph so that a part of it runs on the rows of real tokens only."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.kernels.packed_rows import (
+    pack_rows,
+    pack_samples,
+    pack_table,
+    real_rows,
+    unpack_rows,
+)
+
+from .axis_flow import arguments_of, operator_name, tensor_nodes
+from .packing import Packing, entry_kind, sample_token_dim, size_argument
+from .program import Program, shape_of
+from .propagation import note_rows
+from .row_places import Place
+
+_SYM_SIZE = torch.ops.aten.sym_size.int
+_WHOLE = ("slice", "narrow")
+
+
+def run_packed(
+    program: Program, packing: Packing, mask: fx.Node, *, marks_real: bool, rows: int
+) -> None:
+    """Let the nodes of a packing run on real tokens; edits the graph in place.
+
+    The index of real tokens is computed once, at the start; a value is packed where it is made
+    and put back where it is made, so both belong to the block that makes it.
+
+    Args:
+        program: The program.
+        packing: What to pack.
+        mask: The padding mask, an input.
+        marks_real: Whether the mask is non-zero at real tokens.
+        rows: Number of real tokens in the example: the count that costs are told for.
+    """
+    _Rewriting(program, packing, mask, marks_real, rows).run()
+    program.changed()
+
+
+def is_packed(program: Program) -> bool:
+    """Say whether a program runs on real tokens already."""
+    return any(node.target is real_rows for node in program.graph.nodes)
+
+
+class _Rewriting:
+    def __init__(
+        self, program: Program, packing: Packing, mask: fx.Node, marks_real: bool, rows: int
+    ) -> None:
+        self._graph = program.graph
+        self._packing = packing
+        self._places = packing.places
+        self._inside = set(packing.nodes)
+        self._mask = mask
+        self._packed: dict[tuple[fx.Node, str, int], fx.Node] = {}
+        self._last_input = program.placeholders[-1]
+        scope = {"modules": ("",), "calls": ("",)}
+        with self._graph.inserting_after(self._last_input):
+            self._index = self._graph.call_function(real_rows, (mask, marks_real))
+        self._index.meta = dict(scope)
+        note_rows(program, self._index, rows)
+        with self._graph.inserting_after(self._index):
+            self._count = self._graph.call_function(_SYM_SIZE, (self._index, 0))
+        self._count.meta = {**scope, "val": self._index.meta["val"].shape[0]}
+        self._begin = self._count
+
+    def run(self) -> None:
+        """Rewrite node after node."""
+        readers = {
+            node: [user for user in node.users if user not in self._inside]
+            for node in self._packing.nodes
+        }
+        kinds = {
+            (source, node): entry_kind(self._places, source, node)
+            for source, node in self._packing.entries()
+        }
+        for node in self._packing.nodes:
+            self._resize(node)
+            for source in tensor_nodes(node):
+                if (source, node) in kinds:
+                    kind = kinds[source, node]
+                    assert kind is not None
+                    node.replace_input_with(source, self._taken(source, node, kind))
+        for node, users in readers.items():
+            if users:
+                self._put_back(node, users)
+        self._skip_whole_slices()
+
+    def _taken(self, source: fx.Node, node: fx.Node, kind: str) -> fx.Node:
+        """Return the packed value of an operand from outside."""
+        place = self._places.place(source)
+        assert place is not None
+        at = sample_token_dim(self._places, source, node) if kind == "samples" else -1
+        key = (source, kind, at)
+        if key not in self._packed:
+            inner = source.op in ("placeholder",)
+            with self._graph.inserting_after(self._begin if inner else self._after(source)):
+                if kind == "rows":
+                    arguments: tuple[Any, ...] = (source, self._index, place.batch, place.token)
+                    new = self._graph.call_function(pack_rows, arguments)
+                elif kind == "table":
+                    arguments = (source, self._index, self._mask, place.token)
+                    new = self._graph.call_function(pack_table, arguments)
+                else:
+                    arguments = (source, self._index, self._mask, place.batch, at)
+                    new = self._graph.call_function(pack_samples, arguments)
+            self._packed[key] = _scoped(new, source)
+        return self._packed[key]
+
+    def _after(self, source: fx.Node) -> fx.Node:
+        """Return the node after which a source and the index are both there."""
+        order = {node: number for number, node in enumerate(self._graph.nodes)}
+        return max(source, self._begin, key=order.__getitem__)
+
+    def _put_back(self, node: fx.Node, users: list[fx.Node]) -> None:
+        """Give the readers of a packed value that are not packed the padded one."""
+        place = self._place(node)
+        with self._graph.inserting_after(node):
+            new = self._graph.call_function(
+                unpack_rows, (node, self._index, self._mask, place.batch, place.token)
+            )
+        _scoped(new, node)
+        for user in users:
+            user.replace_input_with(node, new)
+
+    def _place(self, node: fx.Node) -> Place:
+        place = self._places.place(node)
+        assert place is not None
+        return place
+
+    def _resize(self, node: fx.Node) -> None:
+        """Let a view ask for one sample of all real tokens."""
+        found = size_argument(node)
+        if found is None:
+            return
+        name, first = found
+        arguments = arguments_of(node)
+        shape, place = shape_of(node), self._place(node)
+        sizes = list(arguments[name])
+        for position in range(len(sizes)):
+            dim = first + position
+            if dim == place.token:
+                inner = shape[dim] // self._places.tokens
+                if place.merged:
+                    inner //= self._places.batch
+                sizes[position] = self._times(node, inner)
+            elif dim == place.batch:
+                sizes[position] = shape[dim] // self._places.batch
+            elif sizes[position] == -1 and operator_name(node) not in ("expand", "broadcast_to"):
+                sizes[position] = shape[dim]
+        index = [item.name for item in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+        if index < len(node.args):
+            node.update_arg(index, sizes)
+        else:
+            node.update_kwarg(name, sizes)
+
+    def _times(self, node: fx.Node, inner: int) -> fx.Node:
+        """Return the number of real tokens times what each has in a merged dimension."""
+        if inner == 1:
+            return self._count
+        with self._graph.inserting_before(node):
+            new = self._graph.call_function(operator.mul, (self._count, inner))
+        return _scoped(new, node)
+
+    def _skip_whole_slices(self) -> None:
+        """A slice that keeps all tokens, or all samples, may name their number: leave it out."""
+        for node in self._packing.nodes:
+            if node.op != "call_function" or operator_name(node) not in _WHOLE:
+                continue
+            place = self._place(node)
+            rank = len(shape_of(node))
+            if arguments_of(node)["dim"] % rank in (place.batch, place.token):
+                node.replace_all_uses_with(tensor_nodes(node)[0])
+                self._graph.erase_node(node)
+
+
+def _scoped(new: fx.Node, like: fx.Node) -> fx.Node:
+    new.meta = {"modules": like.meta["modules"], "calls": like.meta["calls"]}
+    return new
