@@ -10,7 +10,9 @@ from graphopt.training.dense_finish import densify_in_place
 from graphopt.training.density_schedule import DensitySchedule
 from graphopt.training.distill import Teacher, distill
 from graphopt.training.executed_flops import ExecutedFlops
+from graphopt.training.frozen_depth import DepthProbe, choose_frozen_depth
 from graphopt.training.ledger import Entry, Ledger
+from graphopt.training.prefix_cache import PrefixCache
 from graphopt.training.ranks import in_step
 from graphopt.training.sample_gate import SampleGate
 from graphopt.training.sample_ids import WithSampleIds
@@ -20,12 +22,15 @@ __all__ = [
     "BlockTopology",
     "ComputeClock",
     "DensitySchedule",
+    "DepthProbe",
     "Entry",
     "ExecutedFlops",
     "Ledger",
+    "PrefixCache",
     "SampleGate",
     "Teacher",
     "WithSampleIds",
+    "choose_frozen_depth",
     "densify_in_place",
     "distill",
     "in_step",

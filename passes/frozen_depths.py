@@ -1,0 +1,101 @@
+"""How much of a model lies below each of its blocks: what freezing to a depth means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .base import shared_names
+from .facts import facts_of
+from .program import Program
+from .tokens import Region, residual_stream
+
+
+@dataclass(frozen=True)
+class FrozenDepth:
+    """A place on the residual stream, and what is computed before it.
+
+    Attributes:
+        depth: Number of blocks before it; 0 is the stream's beginning, where nothing is frozen.
+        parameters: Names of the parameters that its value depends on, by their first names; a
+            tied one (embeddings and output head) is among them.
+        flops: Operations of one forward up to it, at the example's sizes.
+    """
+
+    depth: int
+    parameters: tuple[str, ...]
+    flops: int
+
+
+def frozen_depths(program: Program, blocks: Sequence[str]) -> tuple[FrozenDepth, ...]:
+    """Return all depths of a program, 0 first; only that if it has no residual stream.
+
+    The stream is the chain of residual adds that does the most work. Its regions that come from
+    one block of the module tree (attention and feed-forward of a layer) are one step; elsewhere
+    every region is a step.
+
+    Args:
+        program: The program.
+        blocks: Names of the blocks of the module tree.
+    """
+    depths = [FrozenDepth(0, (), 0)]
+    facts = facts_of(program)
+    names = {id(parameter): name for name, parameter in program.model.named_parameters()}
+    for depth, end in enumerate(_ends(program, blocks), 1):
+        before = _ancestors(end)
+        found = {
+            other
+            for node in before
+            for weight in facts.nodes[node].weights
+            for other in shared_names(program.model, weight)
+        }
+        parameters = tuple(name for name in names.values() if name in found)
+        flops = sum(facts.nodes[node].forward_flops for node in before)
+        depths.append(FrozenDepth(depth, parameters, flops))
+    return tuple(depths)
+
+
+def _ends(program: Program, blocks: Sequence[str]) -> list[fx.Node]:
+    """Return the value of the stream after each block."""
+    facts = facts_of(program)
+    chains = residual_stream(program).chains
+    if not chains:
+        return []
+    chain = max(
+        chains, key=lambda item: sum(facts.cost(region.nodes).flops for region in item.regions)
+    )
+    steps: dict[object, fx.Node] = {}
+    for number, region in enumerate(chain.regions):
+        block = _block(region, blocks)
+        end = region.after[-1] if region.after else region.add
+        steps[block or number] = _within(end, block)
+    return list(steps.values())
+
+
+def _block(region: Region, blocks: Sequence[str]) -> str | None:
+    """Return the call of a block that a region belongs to: "layer.0", "block@1"."""
+    known = set(blocks)
+    calls = region.add.meta["calls"]
+    return next((call for call in calls if call.partition("@")[0] in known), None)
+
+
+def _within(end: fx.Node, block: str | None) -> fx.Node:
+    """Follow the stream to the end of its block: after the last region no next one says where."""
+    while len(end.users) == 1:
+        (user,) = end.users
+        if block is None or block not in user.meta.get("calls", ()):
+            break
+        end = user
+    return end
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, pending = {node}, [node]
+    while pending:
+        for item in pending.pop().all_input_nodes:
+            if item not in found:
+                found.add(item)
+                pending.append(item)
+    return found
