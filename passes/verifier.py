@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from graphopt.kernels.gates import Gate
+
 from .calls import expand_arguments
 from .errors import VerificationError
+from .fixed_draws import FixedDraws
 from .program import Program, eager_forward, shape_of
 from .propagation import refresh
 from .structure import flatten, outside_objects
@@ -85,6 +88,10 @@ class Verifier:
 
     def eager_refusal(self) -> str | None:
         """Return why the eager forward cannot run over the rewritten modules, None if it can."""
+        gates = (item for item in self._program.model.modules() if isinstance(item, Gate))
+        refusal = next((gate.eager_refusal for gate in gates if gate.eager_refusal), None)
+        if refusal is not None:
+            return refusal
         if not self._numeric:
             return None
         program = self._program
@@ -113,11 +120,12 @@ def observe(program: Program, *, training: bool, gradients: bool) -> Observation
     """Run a program on a few rows of its example; return outputs and, if asked, gradients.
 
     What nobody reads (see `unread`) counts as zero. The loss is the mean square of all float
-    outputs; random numbers are fixed; buffers, gradient fields and modes are left as they were.
+    outputs; random numbers are fixed, and random masks keep everything (see `fixed_draws`);
+    buffers, gradient fields and modes are left as they were.
     """
     model = program.model
     tensors = program.few_rows()
-    with preserved(model), torch.set_grad_enabled(gradients):
+    with preserved(model), torch.set_grad_enabled(gradients), FixedDraws():
         model.train(training)
         pairs = [
             (value, outside)
