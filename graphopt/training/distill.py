@@ -155,7 +155,7 @@ def _logits(outputs: Any) -> Tensor:
 
 def _hidden_states(outputs: Any, whose: str) -> Sequence[Tensor]:
     found = None if isinstance(outputs, Tensor) else _output(outputs, "hidden_states")
-    if not found:
+    if found is None or not len(found):
         raise TrainingError(
             f"expected hidden states of the {whose}, got none; call it with "
             "output_hidden_states=True"

@@ -23,7 +23,9 @@ class SampleGate(Sampler[int]):
     """Drops a share of the samples whose loss is below the mean, without a bias (InfoBatch).
 
         gate = SampleGate(len(data), progress=lambda: clock.progress)
-        loader = DataLoader(WithSampleIds(data), batch_size=32, sampler=gate)
+        loader = DataLoader(
+            WithSampleIds(data), batch_size=32, sampler=gate, generator=torch.Generator()
+        )
         for epoch in range(epochs):
             for batch, ids in loader:
                 losses = ...                                # [batch], reduction="none"
@@ -35,6 +37,9 @@ class SampleGate(Sampler[int]):
     is that of the whole epoch. Samples not seen yet count as a loss of 3, so the first epoch is
     full. An epoch is full too if, were it as long as the one before it, it would end after `stop`
     of the training: the end sees all data, unweighted. Worth it from about 4 epochs on.
+
+    The loader's own generator matters for resuming within an epoch only: without one, a loader that
+    is started draws a number that dropout would have had.
 
     Choice and order are functions of seed, epoch and losses. Several ranks choose alike: the losses
     are exchanged once per epoch, each rank takes every `ranks`-th sample of one order, and all have

@@ -132,8 +132,9 @@ def load_training(
     """Go on where `save_training` stopped; call it on every rank, before the first step.
 
     Build everything as at the start, then load: same losses, to the last bit, as without the stop,
-    dropout included. Another number of ranks may load it; random generators then go on from those
-    of the rank of the same number, and are left alone where there was none.
+    dropout included, if the data comes in the same order: after the end of an epoch, or within one
+    from a `SampleGate`. Another number of ranks may load it; random generators then go on from
+    those of the rank of the same number, and are left alone where there was none.
 
     Args:
         directory: What `save_training` wrote, to be read by every rank.
