@@ -55,6 +55,10 @@ class Calibration:
         self._progress = progress
         self._digest: str | None = None
 
+    def batches(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the batches: canonical arguments of the model's forward."""
+        yield from self._batches
+
     def statistics(
         self, program: Program, nodes: Sequence[tuple[fx.Node, int]], unfold: Unfold | None = None
     ) -> GramAccumulator:

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .calls import canonical_arguments, signature_of
 from .errors import PlanError
+from .lazy_branches import with_lazy_branches
 from .structure import Structure, flatten
 
 
@@ -146,7 +147,14 @@ class Program:
         return (model.training, torch.is_grad_enabled()) in self.modes and self.fits(tensors, model)
 
     def fits(self, tensors: Sequence[torch.Tensor], model: nn.Module) -> bool:
-        """Say whether the graph can run on these tensors: types and sizes, in any mode."""
+        """Say whether the graph can run on these tensors: types and sizes, in any mode.
+
+        Types are what they are, also where a mode of torch functions shows others.
+        """
+        with torch._C.DisableTorchFunction():
+            return self._fits(tensors, model)
+
+    def _fits(self, tensors: Sequence[torch.Tensor], model: nn.Module) -> bool:
         if _float_dtype(model) != self.dtype:
             return False
         for tensor, limit in zip(tensors, self.limits, strict=True):
@@ -265,7 +273,7 @@ class Program:
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     """Turn a graph into a Python function `forward(self, *tensors)` of the model."""
-    code = graph.python_code("self")
+    code = with_lazy_branches(graph, compile_graph).python_code("self")
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, "<graphopt program>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]

@@ -19,6 +19,7 @@ from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
 from .exact.hoist_frozen_prefix import HoistFrozenPrefix
 from .exact.pack_tokens import PackTokens
+from .gates.gate_layers import GateLayers
 from .gates.gate_tokens import GateTokens
 
 P = TypeVar("P", bound=Pass)
@@ -34,6 +35,7 @@ _PASSES: dict[str, type[Pass]] = {
         SparsifyBlocks,
         PackTokens,
         GateTokens,
+        GateLayers,
     )
 }
 

@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[Build, Any, Any]] = {
     },
 }
 CASES: dict[str, tuple[str, ...]] = {
+    "gate-layers": ("bert-classifier", "gpt2"),
     "fold-batch-norm": ("convolutions",),
     "fuse-projections": ("llama",),
     "hoist-frozen-prefix": ("frozen-bert",),

@@ -1,0 +1,560 @@
+"""Residual blocks that are left out: in some training steps, or for good.
+
+before: x = x + f(x)
+after:  x = gate(x + f(x), entry=x)      in training x alone, with a probability
+or:     x = x                            the parameters of f are gone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from graphopt.kernels.layer_gate import LayerGate
+from graphopt.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    Cost,
+    Miss,
+    Pass,
+    Proposal,
+    State,
+    shared_names,
+)
+from graphopt.passes.calibration import bind, evaluation_mode
+from graphopt.passes.details import Details, read_details
+from graphopt.passes.errors import ConfigError, PlanError
+from graphopt.passes.facts import attribute_of, facts_of, total_cost
+from graphopt.passes.lazy_branches import make_lazy, only_for
+from graphopt.passes.padding import real_tokens
+from graphopt.passes.program import Program, compile_values
+from graphopt.passes.tokens import Region, residual_stream
+
+_GATE = "layer_gate"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class _Place(Details):
+    """Which region a change is about.
+
+    Attributes:
+        weights: Names of the parameters that its operations read.
+        occurrence: Which of the regions that read these, in graph order (shared blocks).
+    """
+
+    weights: tuple[str, ...] = Field(min_length=1)
+    occurrence: int = Field(ge=0)
+
+
+class _Skip(Details):
+    """A region that a gate leaves out in some training steps.
+
+    Attributes:
+        kind: Tells it from a removal.
+        place: Which region.
+        gate: Name of the gate to add to the model.
+        number: Number of the gate, which its draws depend on.
+        rate: Largest probability to leave the region out.
+        plateau: Progress up to which it stays.
+        seed: Seed of the draws.
+    """
+
+    kind: Literal["skip"]
+    place: _Place
+    gate: str
+    number: int = Field(ge=0)
+    rate: float = Field(gt=0, lt=1)
+    plateau: float = Field(ge=0, le=1)
+    seed: int
+
+
+class _Freed(Details):
+    """A parameter that goes with its region."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trained: bool
+
+
+class _Removal(Details):
+    """A region that is gone.
+
+    Attributes:
+        kind: Tells it from a gate.
+        place: Which region.
+        freed: The parameters that nothing else reads.
+    """
+
+    kind: Literal["remove"]
+    place: _Place
+    freed: tuple[_Freed, ...] = Field(min_length=1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GateLayers(Pass):
+    """Leave out whole residual blocks: at random while training, the least useful ones for good.
+
+    Blocks are the regions of the residual stream: what lies between a value and the add that
+    joins its result back in (attention and feed-forward each). What stands behind the add, such as
+    the norm of a post-norm model, always runs.
+
+    While training, block r of R is left out with probability `rate * (r / R) * time`, where time
+    is 1 up to `plateau` and falls to 0 at the end of training; the first block always runs. All
+    ranks draw alike, and evaluation is that of the plain model. What something outside of a block
+    reads, such as keys and values for a cache, is computed in any case.
+
+    With `remove`, that many blocks are removed instead: those whose result differs least from
+    what they start from, 1 - cosine, on the calibration data or else the example. The model's own
+    forward then has no parameters to run with, so calls unlike the captured one are refused.
+
+    Sources: stochastic depth (arXiv 1603.09382), progressive layer dropping (2010.13369), block
+    influence (ShortGPT, 2403.03853).
+
+    Attributes:
+        rate: Largest probability to leave a block out, in [0, 1).
+        plateau: Progress up to which the probabilities stay, in [0, 1].
+        seed: Seed of the draws, the same on all ranks.
+        remove: Number of blocks to remove; 0 gates them.
+    """
+
+    name: ClassVar[str] = "gate-layers"
+    exact: ClassVar[bool] = True
+
+    rate: float = 0.2
+    plateau: float = 0.5
+    seed: int = 0
+    remove: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options; removing blocks is not exact."""
+        if not 0 <= self.rate < 1 or not 0 <= self.plateau <= 1 or self.remove < 0:
+            raise ConfigError(
+                "gate-layers takes a rate from 0 to below 1, a plateau from 0 to 1 and a number of "
+                f"blocks to remove from 0 on, got rate={self.rate}, plateau={self.plateau}, "
+                f"remove={self.remove}"
+            )
+        object.__setattr__(self, "exact", self.remove == 0)
+
+    def propose(self, program: Program, context: Context) -> Proposal:
+        """Find the blocks of every chain; gate them by depth, or score them for removal."""
+        places = list(_places(program))
+        if not places:
+            reason = residual_stream(program).reason or "its blocks have no parameters"
+            return Proposal(misses=(self._miss("(model)", reason),))
+        if self.remove:
+            return self._removals(program, context, places)
+        if not context.training:
+            reason = "it acts in training only; to remove blocks for good, say how many: remove=2"
+            return Proposal(misses=(self._miss("(model)", reason),))
+        return self._skips(program, context, places)
+
+    def trains_only(self, change: Change) -> bool:
+        """Say whether the change is a gate, which always runs its block in evaluation mode."""
+        return isinstance(_read(change), _Skip)
+
+    def transfer(self, program: Program, change: Change, context: Context) -> State:
+        """Return nothing: a gate has no values, and a removal leaves none."""
+        return {}
+
+    def apply(self, program: Program, change: Change) -> None:
+        """Put a gate behind the block's add, or the block's entry in its place."""
+        details = _read(change)
+        region = _find(program, details.place, change)
+        if isinstance(details, _Skip):
+            _insert_gate(program, region, details)
+        else:
+            _remove(program, region, details, change)
+        program.changed()
+
+    def restore(self, model: nn.Module, change: Change) -> None:
+        """Take the gate away; or give a removed block parameters of zero, with which it adds 0."""
+        details = _read(change)
+        if isinstance(details, _Skip):
+            owner, _, attribute = details.gate.rpartition(".")
+            if not isinstance(getattr(model.get_submodule(owner), attribute, None), LayerGate):
+                raise PlanError(f"the model has no gate {details.gate!r}, which the plan describes")
+            delattr(model.get_submodule(owner), attribute)
+            return
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        for freed in details.freed:
+            owner, _, attribute = freed.name.rpartition(".")
+            dtype = getattr(torch, freed.dtype)
+            value = nn.Parameter(
+                torch.zeros(freed.shape, dtype=dtype, device=device), requires_grad=freed.trained
+            )
+            setattr(model.get_submodule(owner), attribute, value)
+
+    def _miss(self, target: str, reason: str) -> Miss:
+        return Miss(pass_name=self.name, target=target, reason=reason)
+
+    def _skips(self, program: Program, context: Context, places: Sequence[_Located]) -> Proposal:
+        candidates: list[Candidate] = []
+        misses: list[Miss] = []
+        taken: set[str] = set()
+        for number, place in enumerate(places):
+            rate = self.rate * place.depth
+            reason = _skip_refusal(program, context, place, rate)
+            if reason is not None:
+                misses.append(self._miss(place.name, reason))
+                continue
+            gate = _gate_name(program, place.region, taken)
+            taken.add(gate)
+            details = _Skip(
+                kind="skip",
+                place=place.place,
+                gate=gate,
+                number=number,
+                rate=rate,
+                plateau=self.plateau,
+                seed=self.seed,
+            )
+            cost = facts_of(program).cost(place.region.nodes)
+            candidates.append(
+                Candidate(
+                    change=Change(
+                        pass_name=self.name,
+                        target=place.name,
+                        summary=f"left out in up to {rate:.1%} of the training steps",
+                        details=details.model_dump(mode="json"),
+                    ),
+                    before=cost,
+                    after=cost,
+                    predicted_error=0.0,
+                )
+            )
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def _removals(self, program: Program, context: Context, places: Sequence[_Located]) -> Proposal:
+        misses: list[Miss] = []
+        open_places: list[tuple[_Located, tuple[_Freed, ...]]] = []
+        for place in places:
+            freed = _freed(program, place.region)
+            reason = _removal_refusal(program, context, place, freed)
+            if reason is None:
+                open_places.append((place, freed))
+            else:
+                misses.append(self._miss(place.name, reason))
+        if not open_places:
+            return Proposal(misses=tuple(misses))
+        influences = _influences(program, context, [place for place, _ in open_places])
+        order = sorted(range(len(open_places)), key=influences.__getitem__)
+        spare = _spare_flops(program, context)
+        candidates: list[Candidate] = []
+        for index in order:
+            place, freed = open_places[index]
+            text = f"influence {influences[index]:.3g}"
+            if len(candidates) == self.remove or spare <= 0:
+                limit = "the budget is met" if spare <= 0 else f"{self.remove} matter less"
+                misses.append(self._miss(place.name, f"{text}, kept: {limit}"))
+                continue
+            details = _Removal(kind="remove", place=place.place, freed=freed)
+            cost = facts_of(program).cost(only_for(place.region.add, place.region.entry))
+            spare -= cost.flops
+            candidates.append(
+                Candidate(
+                    change=Change(
+                        pass_name=self.name,
+                        target=place.name,
+                        summary=f"removed, {text}",
+                        details=details.model_dump(mode="json"),
+                    ),
+                    before=cost,
+                    after=Cost(flops=0, size_bytes=0, parameters=0),
+                    predicted_error=None,
+                )
+            )
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A region with its place, its depth in the model (1 for the last) and a name for people."""
+
+    region: Region
+    place: _Place
+    depth: float
+    first: bool
+    width_dim: int
+    name: str
+
+
+def _places(program: Program) -> Iterator[_Located]:
+    """Yield the regions that have parameters, in graph order."""
+    seen: dict[tuple[str, ...], int] = {}
+    chains = residual_stream(program).chains
+    found = [(region, chain.width_dim) for chain in chains for region in chain.regions]
+    for index, (region, width_dim) in enumerate(found):
+        weights = _weights(program, region)
+        if not weights:
+            continue
+        occurrence = seen.get(weights, 0)
+        seen[weights] = occurrence + 1
+        yield _Located(
+            region=region,
+            place=_Place(weights=weights, occurrence=occurrence),
+            depth=(index + 1) / len(found),
+            first=index == 0,
+            width_dim=width_dim,
+            name=_name(program, weights) + (f"@{occurrence}" if occurrence else ""),
+        )
+
+
+def _weights(program: Program, region: Region) -> tuple[str, ...]:
+    facts = facts_of(program)
+    return tuple(sorted(frozenset().union(*(facts.nodes[node].weights for node in region.nodes))))
+
+
+def _name(program: Program, weights: Sequence[str]) -> str:
+    """Return the innermost module that holds the matrices, or else all parameters."""
+    matrices = [name for name in weights if attribute_of(program, name).dim() > 1]
+    paths = [name.split(".")[:-1] for name in matrices or weights]
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in common) or "(model)"
+
+
+def _find(program: Program, place: _Place, change: Change) -> Region:
+    """Return the region of a place.
+
+    Raises:
+        PlanError: if the program has none there.
+    """
+    for found in _places(program):
+        if found.place == place:
+            return found.region
+    raise PlanError(
+        f"the model has no residual block like the one at {change.target!r}, which the plan "
+        "describes; is this plan for another model?"
+    )
+
+
+def _skip_refusal(program: Program, context: Context, place: _Located, rate: float) -> str | None:
+    """Say why a region cannot be left out in training, None if it can."""
+    reason = _refusal(program, context, place)
+    if reason is not None:
+        return reason
+    if place.first:
+        return "the first block always runs"
+    if not rate:
+        return "the rate is 0"
+    region = place.region
+    facts = facts_of(program)
+    all_flops = facts.cost(region.nodes).flops
+    saved = facts.cost(only_for(region.add, region.entry)).flops
+    if 2 * saved < all_flops:
+        return f"{_escaping(region)}; that leaves {saved / all_flops:.0%} of it to save"
+    return None
+
+
+def _removal_refusal(
+    program: Program, context: Context, place: _Located, freed: Sequence[_Freed]
+) -> str | None:
+    """Say why a region cannot be removed, None if it can."""
+    reason = _refusal(program, context, place)
+    if reason is not None:
+        return reason
+    if place.region.escapes:
+        return _escaping(place.region)
+    if {item.name for item in freed} < {*place.place.weights}:
+        return "its parameters are also read outside"
+    for item in freed:
+        others = [name for name in shared_names(program.model, item.name) if name != item.name]
+        if others:
+            return f"{item.name} is tied to {others[0]}"
+    if any(parameter.is_meta for parameter in program.model.parameters()):
+        return "its influence is not known: parameters on the meta device have no values"
+    return None
+
+
+def _escaping(region: Region) -> str:
+    names = ", ".join(node.name for node in region.escapes)
+    return (
+        f"{names} inside of it is also read outside; take a call without these results (a cache, "
+        "attention maps) as the example"
+    )
+
+
+def _refusal(program: Program, context: Context, place: _Located) -> str | None:
+    pattern = context.ignored_by(place.name, *place.place.weights)
+    if pattern is not None:
+        return f"ignored by the pattern {pattern!r}"
+    region = place.region
+    if any(_is_gate(program, user) for user in region.add.users):
+        return "it is gated already"
+    entry, result = region.entry.meta["val"], region.add.meta["val"]
+    if entry.shape != result.shape or entry.dtype != result.dtype:
+        return (
+            f"it starts from {list(entry.shape)} {entry.dtype} and ends with "
+            f"{list(result.shape)} {result.dtype}"
+        )
+    written = _written_outside(region)
+    if written is not None:
+        return f"it writes in place to {written.name}, which is outside"
+    return None
+
+
+def _is_gate(program: Program, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(program.module(str(node.target)), LayerGate)
+
+
+def _written_outside(region: Region) -> fx.Node | None:
+    """Return a value outside of a region that it writes to, directly or through a view."""
+    inside = set(region.nodes)
+    for node in (*region.nodes, region.add):
+        source: Any = node
+        while isinstance(source.target, torch._ops.OpOverload) and source.all_input_nodes:
+            schema = source.target._schema
+            if not (schema.is_mutable if source is node else _is_view(schema)):
+                break
+            source = source.all_input_nodes[0]
+            if source not in inside:
+                return source  # type: ignore[no-any-return]
+    return None
+
+
+def _is_view(schema: Any) -> bool:
+    return any(item.alias_info is not None for item in schema.returns)
+
+
+def _gate_name(program: Program, region: Region, taken: set[str]) -> str:
+    """Return a free name in the module whose forward adds; containers call all they hold."""
+    owner = _owner(program, region)[-1]
+    names = (f"{owner}.{_GATE}{end}".lstrip(".") for end in ["", *map(str, range(1, 10**6))])
+    return next(
+        name
+        for name in names
+        if name not in taken and not hasattr(program.module(owner), name.rpartition(".")[2])
+    )
+
+
+def _owner(program: Program, region: Region) -> tuple[str, ...]:
+    """Return the names of the module that gets the gate and of all around it, outermost first."""
+    modules = tuple(region.add.meta["modules"])
+    while len(modules) > 1 and isinstance(program.module(modules[-1]), _CONTAINERS):
+        modules = modules[:-1]
+    return modules
+
+
+def _insert_gate(program: Program, region: Region, details: _Skip) -> None:
+    modules = _owner(program, region)
+    owner, _, attribute = details.gate.rpartition(".")
+    holder = program.module(owner)
+    if owner != modules[-1] or hasattr(holder, attribute):
+        raise PlanError(
+            f"the gate {details.gate!r} does not fit the model; is this plan for another one?"
+        )
+    gate = LayerGate(
+        rate=details.rate, plateau=details.plateau, seed=details.seed, number=details.number
+    )
+    holder.add_module(attribute, gate.train(holder.training))
+    add, graph = region.add, program.graph
+    with graph.inserting_after(add):
+        node = graph.call_module(details.gate, (add,), {"entry": region.entry})
+    calls = tuple(add.meta["calls"])[: len(modules)]
+    # Analyses see the gate as what it is in evaluation mode: its first argument.
+    body = fx.Graph()
+    x = body.placeholder("x")
+    x.meta["val"] = add.meta["val"]
+    body.output(x)
+    node.meta = {"val": add.meta["val"], "modules": modules, "calls": calls, "body": body}
+    make_lazy(node)
+    add.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+
+
+def _remove(program: Program, region: Region, details: _Removal, change: Change) -> None:
+    if _freed(program, region) != details.freed:
+        raise PlanError(
+            f"the parameters of the block at {change.target!r} are not those that the plan frees; "
+            "is this plan for another model?"
+        )
+    dead = only_for(region.add, region.entry)
+    region.add.replace_all_uses_with(region.entry)
+    program.graph.erase_node(region.add)
+    for node in reversed(dead):
+        program.graph.erase_node(node)
+    for freed in details.freed:
+        owner, _, attribute = freed.name.rpartition(".")
+        program.module(owner)._parameters[attribute] = None
+
+
+def _freed(program: Program, region: Region) -> tuple[_Freed, ...]:
+    """Return the parameters that only the region reads."""
+    dead = {*only_for(region.add, region.entry)}
+    facts = facts_of(program)
+
+    def read(nodes: set[fx.Node]) -> set[str]:
+        return {name for node in nodes for name in facts.nodes[node].weights}
+
+    kept = read({node for node in facts.nodes if node not in dead})
+    found = []
+    for name in sorted(read(dead) - kept):
+        parameter = attribute_of(program, name)
+        found.append(
+            _Freed(
+                name=name,
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                trained=parameter.requires_grad,
+            )
+        )
+    return tuple(found)
+
+
+def _spare_flops(program: Program, context: Context) -> float:
+    """Return how many operations the budget wants to be gone."""
+    if context.budget is None:
+        return float("inf")
+    return total_cost(program).flops * (1 - context.budget)
+
+
+def _influences(program: Program, context: Context, places: Sequence[_Located]) -> list[float]:
+    """Return 1 - cosine between entry and result of every region, averaged over real tokens."""
+    nodes = [node for place in places for node in (place.region.entry, place.region.add)]
+    run = compile_values(program, nodes)
+    totals = [0.0] * len(places)
+    count = [0.0] * len(places)
+    calibration = context.calibration
+    batches: Iterator[Mapping[str, Any]] = (
+        iter([program.example]) if calibration is None else calibration.batches()
+    )
+    with evaluation_mode(program.model), torch.no_grad():
+        for batch in batches:
+            values = run(program.model, *bind(program, batch))
+            real = real_tokens(program, batch)
+            for index, place in enumerate(places):
+                before, after = values[2 * index : 2 * index + 2]
+                cosine = functional.cosine_similarity(
+                    before.double(), after.double(), dim=place.width_dim
+                )
+                weight = _row_weights(cosine, real)
+                totals[index] += float(((1 - cosine) * weight).sum())
+                count[index] += float(weight.sum())
+    return [total / max(rows, 1.0) for total, rows in zip(totals, count, strict=True)]
+
+
+def _row_weights(rows: Tensor, real: Tensor | None) -> Tensor:
+    """Return 1 for rows that count: real tokens where the rows are those of the batch's tokens."""
+    if real is None or real.shape != rows.shape[:2]:
+        return torch.ones_like(rows)
+    extra = (1,) * (rows.dim() - 2)
+    return real.to(rows.device, rows.dtype).view(*real.shape, *extra).expand_as(rows)
+
+
+def _read(change: Change) -> _Skip | _Removal:
+    """Return the checked details of a change.
+
+    Raises:
+        PlanError: if they are not valid.
+    """
+    if change.details.get("kind") == "remove":
+        return read_details(_Removal, change)
+    return read_details(_Skip, change)
