@@ -17,7 +17,7 @@ from graphopt.passes.calls import example_arguments
 from graphopt.passes.errors import CheckpointError, ExportError, MissingExtraError
 
 from .flat_model import FlatModel, evaluating, first_line
-from .float64 import Float64Arithmetic, widen
+from .float64 import Float64Arithmetic
 from .inputs import infer_inputs, variants
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def verify_flat(flat: FlatModel, path: Path, *, threads: int | None = None) -> V
         except Exception:
             continue  # sizes that the model does not take need not work in ONNX either
         with torch.no_grad(), Float64Arithmetic():
-            exact = flat(*map(widen, tensors))
+            exact = flat(*tensors)
         try:
             actual = run(runtime, inputs)
         except ExportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +24,11 @@ class Gate(nn.Module):
         number: Which gate of the model it is; gates of one seed draw different numbers.
         step: The training step of the present decision.
         progress: Share of the training that is done, in [0, 1]; schedules are functions of it.
+        eager_refusal: Why the model's own forward, which knows no gate, must not run in evaluation
+            mode; None where it computes the same.
     """
+
+    eager_refusal: ClassVar[str | None] = None
 
     def __init__(self, *, seed: int = 0, number: int = 0) -> None:
         super().__init__()

@@ -56,17 +56,18 @@ class ResidualAdds:
             if ends & self._bits[node]
             and node is not start
             and node is not end
-            and self._depends(node, start)
+            and self.depends(node, start)
         ]
 
-    def _depends(self, node: fx.Node, source: fx.Node) -> bool:
+    def depends(self, node: fx.Node, source: fx.Node) -> bool:
+        """Say whether a value depends on another one."""
         return bool(self._before[node] & self._bits[source])
 
     def _residual(self, add: fx.Node) -> ResidualAdd | None:
         left, right = tensor_nodes(add)
         for skip, other in ((left, right), (right, left)):
             for entry, path in _skips(skip):
-                if entry.op == "get_attr" or not self._depends(other, entry):
+                if entry.op == "get_attr" or not self.depends(other, entry):
                     continue
                 if self._facts.cost(self.between(entry, add)).flops:
                     return ResidualAdd(entry, add, path)
@@ -87,8 +88,8 @@ class ResidualAdds:
                 inner
                 for inner in found
                 if inner is not outer
-                and self._depends(outer.add, inner.add)
-                and (inner.entry is outer.entry or self._depends(inner.entry, outer.entry))
+                and self.depends(outer.add, inner.add)
+                and (inner.entry is outer.entry or self.depends(inner.entry, outer.entry))
             ]
             for outer in found
         }
@@ -106,7 +107,7 @@ class ResidualAdds:
 
     def _leads_to(self, end: fx.Node, entry: fx.Node) -> bool:
         """Say whether only element-wise work, norms and reshapes lie between two values."""
-        if not self._depends(entry, end) or self._layout(end) != self._layout(entry):
+        if not self.depends(entry, end) or self._layout(end) != self._layout(entry):
             return False
         return not self._facts.cost([*self.between(end, entry), entry]).flops
 
