@@ -192,7 +192,7 @@ class _Search:
     def _after(self, node: fx.Node) -> bool:
         """Say whether a value depends on what the part computes."""
         adds: ResidualAdds = self._program.fact("residual adds", ResidualAdds)
-        return adds.depends(node, self._exit)
+        return bool(adds.depends(node, self._exit))
 
     def _check_operation(self, node: fx.Node) -> None:
         """Tokens must be a set to an operation, in an order only where they stay in it."""
