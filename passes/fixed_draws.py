@@ -18,6 +18,10 @@ class FixedDraws(TorchDispatchMode):
     the rows of padding draws fewer.
     """
 
+    def __init__(self) -> None:
+        """Start; nothing is changed before the mode is entered."""
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -74,67 +74,110 @@ def _selects_embedding(node: fx.Node) -> bool:
 def output_that_reads_padding(program: Program, packing: Packing) -> int | None:
     """Return the position of an output that depends on packed values at padding, None if none.
 
-    The program runs in evaluation mode on a few rows twice: as it is, and with other values at
-    padding in everything that enters the packed part.
+    The program runs in evaluation mode on a few rows three times: as it is, with other values at
+    padding in everything that enters the packed part but the mask itself, and with zeros at
+    padding in everything that leaves it, as if it were packed.
     """
     tensors = padded_rows(program)
-    name = padding_input(program)
     batch = {node.name: t for node, t in zip(program.placeholders, tensors, strict=True)}
     real = real_tokens(program, batch)
-    assert name is not None
     assert real is not None
     with preserved(program.model), torch.no_grad():
         program.model.eval()
-        old = read_part(program, tensors, _Perturbed(program, packing, None).run(*tensors))
-        new = read_part(program, tensors, _Perturbed(program, packing, real).run(*tensors))
+        expected, *others = (
+            read_part(program, tensors, run.run(*tensors))
+            for run in (
+                fx.Interpreter(program.model, graph=program.graph),
+                _OtherEntries(program, packing, real),
+                _ZeroExits(program, packing, real),
+            )
+        )
     bound = rounding_bound(program)
-    for position, (value, reference) in enumerate(zip(new, old, strict=True)):
-        if isinstance(value, Tensor) and not relative_error(value, reference) <= bound:
-            return position
+    for values in others:
+        for position, (value, reference) in enumerate(zip(values, expected, strict=True)):
+            if isinstance(value, Tensor) and not relative_error(value, reference) <= bound:
+                return position
     return None
 
 
-class _Perturbed(fx.Interpreter):
+class _OtherEntries(fx.Interpreter):
     """Runs a program with other values at padding where values enter the packed part."""
 
-    def __init__(self, program: Program, packing: Packing, real: Tensor | None) -> None:
+    def __init__(self, program: Program, packing: Packing, real: Tensor) -> None:
+        super().__init__(program.model, graph=program.graph)
+        self._places = packing.places
+        self._inside = set(packing.nodes)
+        self._entries = _entries_besides_mask(program, packing)
+        self._real = real
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Return the arguments of a node, perturbed if they enter the packed part."""
+
+        def value(source: fx.Node) -> Any:
+            place = self._places.place(source)
+            if n not in self._inside or source not in self._entries or place is None:
+                return self.env[source]
+            return _perturbed(self.env[source], place, self._real)
+
+        return fx.map_arg(n.args, value), fx.map_arg(n.kwargs, value)
+
+
+class _ZeroExits(fx.Interpreter):
+    """Runs a program with zeros at padding in what leaves the packed part."""
+
+    def __init__(self, program: Program, packing: Packing, real: Tensor) -> None:
         super().__init__(program.model, graph=program.graph)
         self._places = packing.places
         self._inside = set(packing.nodes)
         self._real = real
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        """Return the arguments of a node, perturbed if they enter the packed part."""
-        if self._real is None or n not in self._inside:
-            return super().fetch_args_kwargs_from_env(n)
-        real = self._real
-
-        def value(source: fx.Node) -> Any:
-            found = self.env[source]
-            place = self._places.place(source)
-            if source in self._inside or place is None or place.token is None:
-                return found
-            if place.batch is None:
-                return found
-            return _perturbed(found, place, real)
-
-        return fx.map_arg(n.args, value), fx.map_arg(n.kwargs, value)
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node."""
+        result = super().run_node(n)
+        place = self._places.place(n)
+        if n not in self._inside or place is None or self._inside.issuperset(n.users):
+            return result
+        return result.masked_fill(_padding(result, place, self._real), 0)
 
 
-def _perturbed(value: Tensor, place: Place, real: Tensor) -> Tensor:
-    """Return a value with others at padding: noise, or integers that occur elsewhere in it."""
+def _entries_besides_mask(program: Program, packing: Packing) -> set[fx.Node]:
+    """Return what enters the packed part and depends on more than the mask."""
+    name = padding_input(program)
+    informed: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name != name:
+                informed.add(node)
+        elif any(source in informed for source in node.all_input_nodes):
+            informed.add(node)
+    places = packing.places
+    return {
+        source
+        for source, _ in packing.entries()
+        if source in informed
+        and (place := places.place(source)) is not None
+        and place.batch is not None
+        and place.token is not None
+    }
+
+
+def _padding(value: Tensor, place: Place, real: Tensor) -> Tensor:
+    """Return which elements of a value are at padding, for broadcasting."""
     assert place.batch is not None
     assert place.token is not None
     shape = [1] * value.dim()
     if place.merged:
         shape[place.batch] = real.numel()
-        padding = ~real.reshape(shape)
-    else:
-        first, second = sorted((place.batch, place.token))
-        shape[first], shape[second] = value.shape[first], value.shape[second]
-        padding = ~(real if first == place.batch else real.t()).reshape(shape)
+        return ~real.reshape(shape)
+    shape[place.batch], shape[place.token] = real.shape
+    ordered = real if place.batch < place.token else real.t()
+    return ~ordered.reshape(shape)
+
+
+def _perturbed(value: Tensor, place: Place, real: Tensor) -> Tensor:
+    """Return a value with others at padding: noise, or integers that occur elsewhere in it."""
     if value.is_floating_point():
         other = torch.randn_like(value) * (1 + value.abs().amax())
     else:
         other = value.flatten()[torch.randperm(value.numel(), device=value.device)].view_as(value)
-    return torch.where(padding.to(value.device), other, value)
+    return torch.where(_padding(value, place, real), other, value)

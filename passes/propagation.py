@@ -153,9 +153,48 @@ class _Propagation:
         return self.fakes[name]
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self._rerun(node, args, kwargs)
+        if found is not None:
+            node.meta["body"], value = found
+            return value
         node.meta["body"] = self.body(node, args, kwargs)
         module, tensors = self._leaf(str(node.target))
         return functional_call(module, tensors, args, kwargs)
+
+    def _rerun(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[fx.Graph, Any] | None:
+        """Return the leaf's graph and result where only its operand's sizes are other ones.
+
+        None if the module is another one, or its graph is made for the old sizes.
+        """
+        body: fx.Graph | None = node.meta.get("body")
+        before = node.meta.get("computed_from")
+        if body is None or before is None or len(args) != 1 or kwargs:
+            return None
+        name, _, *module = _inputs(node, self.program.model)
+        if (before[0], *before[2:]) != (name, *module):
+            return None
+        result = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        values: dict[fx.Node, Any] = {}
+        operands = iter(args)
+        try:
+            for item in body.nodes:
+                copies[item] = result.node_copy(item, copies.__getitem__)
+                inputs = fx.map_arg((item.args, item.kwargs), values.__getitem__)
+                if item.op == "placeholder":
+                    values[item] = next(operands)
+                elif item.op == "get_attr":
+                    values[item] = self._attribute(str(item.target))
+                elif item.op == "output":
+                    return result, inputs[0][0]
+                else:
+                    values[item] = item.target(*inputs[0], **inputs[1])
+                copies[item].meta["val"] = values[item]
+        except Exception:  # sizes of the old operand are part of the graph: trace it again
+            return None
+        return None
 
     def body(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph | None:
         name = str(node.target)

@@ -176,6 +176,8 @@ class PackTokens(Pass):
         program.padding = details.mask
         program.call_fact("padding input marks real tokens", lambda _: details.marks_real)
         output_rows(program)
+        # The saving is in the graph, so it runs wherever it is the eager forward up to rounding.
+        program.modes = program.rounding_modes
         run_packed(program, packing, mask, marks_real=details.marks_real, rows=rows)
 
     def restore(self, model: nn.Module, change: Change) -> None:
