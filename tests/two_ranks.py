@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks_kit import use_the_kit
 
 from graphopt.errors import TrainingError
 from graphopt.kernels import BlockLayout, BlockSparseLinear
@@ -139,6 +140,7 @@ def run_rank(rank: int, directory: str) -> None:
         lower_density(rank, Path(directory))
         refuse_wrappers()
         refuse_different_blocks(rank)
+        use_the_kit(rank, Path(directory))
         distributed.barrier()
     finally:
         # Models hold on to the group by reference cycles; its threads end only with them.

@@ -31,7 +31,8 @@ def random_states() -> dict[str, Tensor]:
 
 def restore_random_states(states: dict[str, Tensor]) -> None:
     """Set the generators to what `random_states` returned."""
-    torch.set_rng_state(states["torch"])
+    # Copies: torch reads a state from the beginning of its memory, also that of a view.
+    torch.set_rng_state(states["torch"].clone())
     spare, numpy_spare = states["spares"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(spare) else spare))
     *words, place, has_spare = states["numpy"].tolist()
@@ -39,4 +40,4 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
         ("MT19937", np.array(words, dtype=np.uint32), place, has_spare, numpy_spare)
     )
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"].clone())

@@ -29,14 +29,16 @@ class SampleGate(Sampler[int]):
         for epoch in range(epochs):
             for batch, ids in loader:
                 losses = ...                                # [batch], reduction="none"
-                (losses * gate.weights(ids)).mean().backward()
+                ((losses * gate.weights(ids)).sum() / 32).backward()
                 gate.update(ids, losses)
 
     Of the samples whose last seen loss is below the mean of all, each is dropped with probability
     `drop` for one epoch; one that stays weighs `1 / (1 - drop)`, so the expected sum of gradients
-    is that of the whole epoch. Samples not seen yet count as a loss of 3, so the first epoch is
-    full. An epoch is full too if, were it as long as the one before it, it would end after `stop`
-    of the training: the end sees all data, unweighted. Worth it from about 4 epochs on.
+    is that of the whole epoch. (Divide by the size of a full batch, on each rank: the mean over a
+    last, shorter one gives its samples more weight.) Samples not seen yet count as a loss of 3, so
+    the first epoch is full. An epoch is full too if, were it as long as the one before it, it would
+    end after `stop` of the training: the end sees all data, unweighted. Worth it from about 4
+    epochs on.
 
     The loader's own generator matters for resuming within an epoch only: without one, a loader that
     is started draws a number that dropout would have had.

@@ -79,18 +79,11 @@ def save_training(
             files; on every rank.
     """
     inner = unwrapped(model)
-    tensors: dict[str, Tensor] = {}
-
-    def keep(value: Tensor) -> str:
-        name = f"{len(tensors)}"
-        complete = whole(value.detach())
-        # Only the first rank writes, so only there whole tensors pile up.
-        tensors[name] = complete.cpu() if is_first(process_group) else torch.empty(0)
-        return name
+    tensors = _Tensors(keeping=is_first(process_group))
 
     def plain(name: str, value: Any) -> Any:
         try:
-            return encode(value, keep)
+            return encode(value, tensors.add)
         except CheckpointError as error:
             raise CheckpointError(f"the state of {name} holds what no file can: {error}") from error
 
@@ -102,7 +95,7 @@ def save_training(
         "schema_version": _SCHEMA_VERSION,
         "changes": _changes(inner),
         "ranks": group_size(process_group),
-        "model": plain("model", dict(inner.state_dict())),
+        "model": plain("model", dict(inner.state_dict(keep_vars=True))),
         "parts": {name: plain(name, state) for name, state in states.items()},
         "random": plain(
             "random",
@@ -113,7 +106,7 @@ def save_training(
     if is_first(process_group):
         try:
             with new_directory(Path(directory), replaceable=_FILES) as target:
-                write_tensors(target / TENSOR_FILE, tensors)
+                write_tensors(target / TENSOR_FILE, tensors.whole)
                 (target / STATE_FILE).write_text(json.dumps(data), encoding="utf-8")
         except CheckpointError as error:
             failure = error
@@ -193,6 +186,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+class _Tensors:
+    """The tensors to write, whole, numbered; a tied parameter once.
+
+    Only the first rank writes, so only there they pile up. What is tied is told by identity, which
+    is the same on all ranks: each of them must take part in gathering.
+    """
+
+    def __init__(self, *, keeping: bool) -> None:
+        self.whole: dict[str, Tensor] = {}
+        self._keeping = keeping
+        self._names: dict[int, tuple[str, Tensor]] = {}
+        self._storages: set[int] = set()
+
+    def add(self, value: Tensor) -> str:
+        """Return the name under which a tensor is written."""
+        if id(value) not in self._names:
+            name = str(len(self._names))
+            self._names[id(value)] = (name, value)
+            complete = whole(value.detach())
+            if self._keeping:
+                self.whole[name] = self._on_its_own(complete.cpu())
+        return self._names[id(value)][0]
+
+    def _on_its_own(self, value: Tensor) -> Tensor:
+        """Return a tensor that shares no memory with the others, which the file format wants."""
+        place = value.untyped_storage().data_ptr()
+        if place in self._storages:
+            return value.clone()
+        self._storages.add(place)
+        return value
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_state_brings_clock_and_gates_back() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"planned_flops": 1, "planned_steps": 1}, {"planned_steps": 0}]
 )
-def test_a_clock_wants_one_plan(options: dict[str, int]) -> None:
+def test_a_clock_wants_one_plan(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="either planned_flops or planned_steps"):
         ComputeClock(nn.Identity(), **options)
 

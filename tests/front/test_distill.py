@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import graphopt
@@ -34,7 +36,7 @@ def test_a_model_that_equals_its_teacher_has_no_loss() -> None:
 
 def test_padding_counts_nothing() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
-    outputs = [
+    outputs: list[dict[str, Tensor]] = [
         {
             "logits": torch.randn(BATCH, TOKENS, CLASSES),
             "hidden_states": torch.randn(2, BATCH, TOKENS, 4),
@@ -58,7 +60,7 @@ def test_layers_are_compared_at_equal_shares_of_the_depth() -> None:
     states = torch.arange(5.0)[:, None, None, None].expand(5, BATCH, TOKENS, 2)
     logits = torch.zeros(BATCH, CLASSES)
     teacher = {"logits": logits, "hidden_states": list(states)}
-    student = {"logits": logits, "hidden_states": list(states[[0, 2, 4]])}
+    student: dict[str, Any] = {"logits": logits, "hidden_states": list(states[[0, 2, 4]])}
     assert distill(student, teacher, hidden_weight=1).item() == 0
     student["hidden_states"][1] = states[3]
     assert distill(student, teacher, hidden_weight=3).item() == 1
@@ -103,7 +105,7 @@ def test_an_optimized_model_learns_from_the_dense_one() -> None:
         attention_probs_dropout_prob=0.0,
     )
     dense = BertForSequenceClassification(config)
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": torch.randint(0, 30, (8, 12)),
         "attention_mask": torch.ones(8, 12, dtype=torch.long),
         "output_hidden_states": True,

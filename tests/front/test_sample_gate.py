@@ -124,7 +124,11 @@ def test_a_loss_that_overflowed_is_forgotten() -> None:
 def test_a_plain_data_loader_trains_on_it(form: str, workers: int) -> None:
     x = torch.randn(SIZE, 4)
     pairs = TensorDataset(x, x.sum(1, keepdim=True))
-    data: Any = pairs if form == "pair" else [{"x": a, "y": b} for a, b in pairs]
+    data: Any = (
+        pairs
+        if form == "pair"
+        else [{"x": pair[0], "y": pair[1]} for pair in map(pairs.__getitem__, range(SIZE))]
+    )
     gate = SampleGate(SIZE, progress=Progress())
     loader = DataLoader(WithSampleIds(data), batch_size=8, sampler=gate, num_workers=workers)
     model = nn.Linear(4, 1)
