@@ -9,11 +9,15 @@ order of its dimensions, so that what follows runs as it is, on one sample of al
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .token_rows import gather_rows, scatter_rows
 
 __all__ = ["pack_rows", "pack_samples", "pack_table", "real_rows", "unpack_rows"]
+
+_MOST_ROWS = 2**31
+"""Exporters write the bound of a count into the graph; without this it is more than an int64."""
 
 
 def real_rows(mask: Tensor, marks_real: bool) -> Tensor:
@@ -27,7 +31,9 @@ def real_rows(mask: Tensor, marks_real: bool) -> Tensor:
         [real token], int64, ascending; its length depends on the data.
     """
     real = mask != 0 if marks_real else mask == 0
-    return real.reshape(-1).nonzero().reshape(-1)
+    index = real.reshape(-1).nonzero().reshape(-1)
+    torch._check(index.shape[0] <= _MOST_ROWS)
+    return index
 
 
 def pack_rows(x: Tensor, index: Tensor, batch: int, token: int) -> Tensor:
@@ -61,7 +67,8 @@ def pack_table(x: Tensor, index: Tensor, mask: Tensor, token: int) -> Tensor:
     Returns:
         The same with as many tokens as the index has.
     """
-    return x.index_select(token, index % mask.shape[1])
+    numbers = torch.arange(mask.shape[1], device=index.device)
+    return x.index_select(token, gather_rows(numbers.expand(mask.shape).flatten(), index))
 
 
 def pack_samples(x: Tensor, index: Tensor, mask: Tensor, batch: int, token: int) -> Tensor:
@@ -77,7 +84,9 @@ def pack_samples(x: Tensor, index: Tensor, mask: Tensor, batch: int, token: int)
     Returns:
         The same with 1 sample and as many tokens as the index has.
     """
-    return x.index_select(batch, index // mask.shape[1]).transpose(batch, token)
+    numbers = torch.arange(mask.shape[0], device=index.device)[:, None]
+    samples = gather_rows(numbers.expand(mask.shape).flatten(), index)
+    return x.index_select(batch, samples).transpose(batch, token)
 
 
 def unpack_rows(x: Tensor, index: Tensor, mask: Tensor, batch: int, token: int) -> Tensor:
