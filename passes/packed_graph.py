@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ _WHOLE = ("slice", "narrow")
 
 
 def run_packed(
-    program: Program, packing: Packing, mask: fx.Node, *, marks_real: bool, rows: int
+    program: Program,
+    packing: Packing,
+    mask: fx.Node,
+    *,
+    marks_real: bool,
+    rows: int,
+    select: Callable[[torch.Tensor, bool], torch.Tensor] = real_rows,
 ) -> None:
     """Let the nodes of a packing run on real tokens; edits the graph in place.
 
@@ -37,11 +44,12 @@ def run_packed(
     Args:
         program: The program.
         packing: What to pack.
-        mask: The padding mask, an input.
+        mask: The padding mask, an input or what stands right after the inputs.
         marks_real: Whether the mask is non-zero at real tokens.
         rows: Number of real tokens in the example: the count that costs are told for.
+        select: Makes the index from the mask and `marks_real`.
     """
-    _Rewriting(program, packing, mask, marks_real, rows).run()
+    _Rewriting(program, packing, mask, marks_real, rows, select).run()
     program.changed()
 
 
@@ -52,7 +60,13 @@ def is_packed(program: Program) -> bool:
 
 class _Rewriting:
     def __init__(
-        self, program: Program, packing: Packing, mask: fx.Node, marks_real: bool, rows: int
+        self,
+        program: Program,
+        packing: Packing,
+        mask: fx.Node,
+        marks_real: bool,
+        rows: int,
+        select: Callable[[torch.Tensor, bool], torch.Tensor],
     ) -> None:
         self._graph = program.graph
         self._packing = packing
@@ -60,10 +74,10 @@ class _Rewriting:
         self._inside = set(packing.nodes)
         self._mask = mask
         self._packed: dict[tuple[fx.Node, str, int], fx.Node] = {}
-        self._last_input = program.placeholders[-1]
+        start = mask if mask.op != "placeholder" else program.placeholders[-1]
         scope = {"modules": ("",), "calls": ("",)}
-        with self._graph.inserting_after(self._last_input):
-            self._index = self._graph.call_function(real_rows, (mask, marks_real))
+        with self._graph.inserting_after(start):
+            self._index = self._graph.call_function(select, (mask, marks_real))
         self._index.meta = dict(scope)
         note_rows(program, self._index, rows)
         with self._graph.inserting_after(self._index):

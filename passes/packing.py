@@ -7,7 +7,7 @@ border stay outside, so that what is put back or taken out lies as the layers wr
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,9 +49,19 @@ class Packing:
                     yield source, node
 
 
-def packing_of(program: Program, places: RowPlaces) -> Packing:
-    """Choose the nodes of a program that run on real tokens only; none if that brings nothing."""
+def packing_of(
+    program: Program, places: RowPlaces, within: Collection[fx.Node] | None = None
+) -> Packing:
+    """Choose the nodes of a program that run on real tokens only; none if that brings nothing.
+
+    Args:
+        program: The program.
+        places: Where its rows lie.
+        within: The nodes to choose from; None for all.
+    """
     choice = _Choice(program, places)
+    if within is not None:
+        choice.inside.intersection_update(within)
     choice.refuse()
     choice.keep_working()
     choice.trim()

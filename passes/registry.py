@@ -15,6 +15,7 @@ from .compress.factorize_low_rank import FactorizeLowRank
 from .compress.prune_channels import PruneChannels
 from .compress.sparsify_blocks import SparsifyBlocks
 from .errors import ConfigError
+from .exact.drop_dead_tokens import DropDeadTokens
 from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
 from .exact.hoist_frozen_prefix import HoistFrozenPrefix
@@ -33,6 +34,7 @@ _PASSES: dict[str, type[Pass]] = {
         PruneChannels,
         FactorizeLowRank,
         SparsifyBlocks,
+        DropDeadTokens,
         PackTokens,
         GateTokens,
         GateLayers,

@@ -54,6 +54,7 @@ MODELS: dict[str, tuple[Build, Any, Any]] = {
 }
 CASES: dict[str, tuple[str, ...]] = {
     "gate-layers": ("bert-classifier", "gpt2"),
+    "drop-dead-tokens": ("bert-classifier",),
     "fold-batch-norm": ("convolutions",),
     "fuse-projections": ("llama",),
     "hoist-frozen-prefix": ("frozen-bert",),
