@@ -50,12 +50,13 @@ class LayerGate(Gate):
         drawn = torch.rand((), generator=self.generator(), device="cpu", dtype=torch.float64)
         return drawn.item() >= self.keep
 
-    def forward(self, x: Tensor, *, entry: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, entry: Tensor | None = None) -> Tensor:
         """Return x, the block's result: what stands in a graph; `run` is what executes.
 
         Args:
             x: Result of the block.
-            entry: What it started from, of the same shape.
+            entry: What it started from, of the same shape; None where a container calls all its
+                children.
         """
         return x
 

@@ -153,9 +153,6 @@ class GateLayers(Pass):
             return Proposal(misses=(self._miss("(model)", reason),))
         if self.remove:
             return self._removals(program, context, places)
-        if not context.training:
-            reason = "it acts in training only; to remove blocks for good, say how many: remove=2"
-            return Proposal(misses=(self._miss("(model)", reason),))
         return self._skips(program, context, places)
 
     def trains_only(self, change: Change) -> bool:
@@ -426,7 +423,7 @@ def _is_view(schema: Any) -> bool:
 
 
 def _gate_name(program: Program, region: Region, taken: set[str]) -> str:
-    """Return a free name in the module whose forward adds; containers call all they hold."""
+    """Return a free name in the module whose forward adds."""
     owner = _owner(program, region)[-1]
     names = (f"{owner}.{_GATE}{end}".lstrip(".") for end in ["", *map(str, range(1, 10**6))])
     return next(
@@ -437,7 +434,10 @@ def _gate_name(program: Program, region: Region, taken: set[str]) -> str:
 
 
 def _owner(program: Program, region: Region) -> tuple[str, ...]:
-    """Return the names of the module that gets the gate and of all around it, outermost first."""
+    """Return the names of the module that gets the gate and of all around it, outermost first.
+
+    It is no container, if there is a choice: those are counted, indexed and called by position.
+    """
     modules = tuple(region.add.meta["modules"])
     while len(modules) > 1 and isinstance(program.module(modules[-1]), _CONTAINERS):
         modules = modules[:-1]

@@ -1,0 +1,111 @@
+"""What each of two processes does that train a model with gated blocks; importable by both."""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import gc
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import graphopt
+from graphopt.kernels.layer_gate import LayerGate
+from graphopt.passes.gates.gate_layers import GateLayers
+from graphopt.training.ranks import whole
+
+RANKS = 2
+STEPS = 8
+ROWS = 4
+
+
+class Block(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(functional.gelu(self.up(self.norm(x))))
+        return result
+
+
+def build() -> nn.Module:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(8, 8), *[Block() for _ in range(4)], nn.Linear(8, 3)).double()
+    example = torch.randn(ROWS, 8, dtype=torch.float64)
+    return graphopt.optimize(model, (example,), recipe=[GateLayers(rate=0.7)]).train()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(RANKS * ROWS, 11, generator=generator, dtype=torch.float64)
+    return x[:, :8], x[:, 8:]
+
+
+def train(model: nn.Module, part: slice) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the losses and the last values, and the gates' last decisions as a tensor."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses: list[float] = []
+    for step in range(STEPS):
+        x, target = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x[part]), target[part])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    values = {
+        name.removeprefix("module."): whole(value.detach())
+        for name, value in model.named_parameters()
+    }
+    return losses, values
+
+
+def decisions(model: nn.Module) -> Tensor:
+    """Return which gate left its block out in which step: [steps, gates]."""
+    gates = [module for module in model.modules() if isinstance(module, LayerGate)]
+    found = []
+    for step in range(STEPS):
+        for gate in gates:
+            gate.advance(step, 0.0)
+        found.append([gate.skips() for gate in gates])
+    return torch.tensor(found)
+
+
+def run_rank(rank: int, directory: str) -> None:
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    meeting = f"file://{directory}/store"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    try:
+        built = build()
+        for kind in ("ddp", "fsdp2"):
+            model = copy.deepcopy(built)
+            if kind == "fsdp2":
+                for block in model:  # type: ignore[attr-defined]
+                    if isinstance(block, Block):
+                        fully_shard(block)
+                fully_shard(model)
+            wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+            losses, values = train(wrapped, slice(rank * ROWS, (rank + 1) * ROWS))
+            found = {
+                **values,
+                "losses": torch.tensor(losses, dtype=torch.float64),
+                "decisions": decisions(model),
+            }
+            torch.save(found, Path(directory) / f"{kind}-{rank}.pt")
+        distributed.barrier()
+    finally:
+        # Models hold on to the group by reference cycles; its threads end only with them.
+        gc.collect()
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()

@@ -1,0 +1,425 @@
+"""Residual blocks that are left out: in training steps, or for good."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import find_case, without_dropout
+
+import graphopt
+from graphopt.capture import capture
+from graphopt.kernels.layer_gate import LayerGate
+from graphopt.passes.base import Context
+from graphopt.passes.calibration import Calibration
+from graphopt.passes.errors import ConfigError, PlanError
+from graphopt.passes.facts import facts_of
+from graphopt.passes.gates.gate_layers import GateLayers
+from graphopt.passes.manager import PassManager
+from graphopt.passes.program import Program
+from graphopt.passes.structure import flatten
+from graphopt.passes.tokens import residual_stream
+from graphopt.testing import assert_pass_contract, assert_same_outputs
+
+TRAINING = Context(training=True)
+
+
+class Block(nn.Module):
+    """A pre-norm block of two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(functional.gelu(self.up(self.norm(x))))
+        return result
+
+
+class Stack(nn.Module):
+    """Some blocks and a head."""
+
+    def __init__(self, blocks: int = 4, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.head(x)
+        return result
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def changed(
+    model: nn.Module, example: Any, step: GateLayers, context: Context = TRAINING
+) -> tuple[Program, Any]:
+    program = capture(model, example)
+    return program, PassManager(passes=(step,), context=context).run(program)
+
+
+def gates(model: nn.Module) -> list[LayerGate]:
+    return [module for module in model.modules() if isinstance(module, LayerGate)]
+
+
+def advance(model: nn.Module, wanted: Callable[[list[bool]], bool], progress: float = 0.0) -> int:
+    """Advance all gates to the first step whose decisions are wanted; return how many skip."""
+    for step in range(2000):
+        for gate in gates(model):
+            gate.advance(step, progress)
+        found = [gate.skips() for gate in gates(model)]
+        if wanted(found):
+            return sum(found)
+    raise AssertionError("no such step")
+
+
+def reasons(model: nn.Module, example: Any, step: GateLayers, context: Context) -> list[str]:
+    proposal = step.propose(capture(model, example), context)
+    return [miss.reason for miss in proposal.misses]
+
+
+@pytest.mark.parametrize("name", ["transformer-encoder-pre-norm", "bert-classifier"])
+def test_every_block_but_the_first_gets_a_rate_by_its_depth(name: str) -> None:
+    case = find_case(name)
+    args, kwargs = case.call(2, 7)
+    program = capture(case.build(), kwargs or args)
+    proposal = GateLayers(rate=0.3).propose(program, TRAINING)
+    blocks = sum(len(chain.regions) for chain in residual_stream(program).chains)
+    rates = [candidate.change.details["rate"] for candidate in proposal.candidates]
+    assert rates == pytest.approx([0.3 * depth / blocks for depth in range(2, blocks + 1)])
+    assert [miss.reason for miss in proposal.misses] == ["the first block always runs"]
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "llama", "resnet"])
+def test_evaluation_is_that_of_the_plain_model_to_the_last_bit(name: str) -> None:
+    case = find_case(name)
+    args, kwargs = case.call(2, 7)
+    model = case.build().eval()
+    optimized = graphopt.optimize(model, kwargs or args, recipe=[GateLayers(rate=0.9)])
+    assert gates(optimized)
+    for gate in gates(optimized):
+        gate.advance(3, 0.0)
+    with torch.no_grad():
+        found, wanted = optimized(*args, **kwargs), model(*args, **kwargs)
+    for value, reference in zip(flatten(found)[0], flatten(wanted)[0], strict=True):
+        assert torch.equal(value, reference)
+    assert optimized.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "modernbert", "gpt2"])
+def test_steps_without_blocks_cost_less_by_these(name: str) -> None:
+    """Post-norm, pre-norm, and a decoder whose keys and values are a result."""
+    case = find_case(name)
+    args, kwargs = case.call(2, 7)
+    program, plan = changed(without_dropout(case.build()), kwargs or args, GateLayers(rate=0.9))
+    model, tensors = program.model.train(), flatten(program.example)[0]
+    facts = facts_of(program)
+    every = sum(node.forward_flops for node in facts.nodes.values())
+
+    def executed() -> int:
+        with FlopCounterMode(display=False) as counter:
+            program.run(*tensors)
+        return int(counter.get_total_flops())
+
+    advance(model, lambda found: not any(found))
+    dense = executed()
+    advance(model, all)
+    saved = dense - executed()
+    regions = {
+        region.add: region for chain in residual_stream(program).chains for region in chain.regions
+    }
+    gated = [node.args[0] for node in program.graph.nodes if "layer_gate" in str(node.target)]
+    wanted = facts.cost([node for add in gated for node in regions[add].nodes]).flops
+    assert len(gated) == len(plan.changes)
+    assert 0 < wanted < every
+    # Attention counts differently where torch decomposes it; the rest of a block does not.
+    assert saved == pytest.approx(wanted, rel=0.05)
+
+
+def test_a_block_runs_divided_by_its_probability_or_not_at_all() -> None:
+    program, _ = changed(Stack(), (X,), GateLayers(rate=0.8))
+    model = program.model.double().train()
+    x = X.double()
+    for step in range(12):
+        for gate in gates(model):
+            gate.advance(step, 0.25)
+        first, *others = blocks_of(model)
+        h = first(x)
+        for block, gate in zip(others, gates(model), strict=True):
+            branch = block(h) - h
+            h = h if gate.skips() else h + branch / gate.keep
+        assert_same_outputs(program.run(x)[0], model.get_submodule("head")(h), bound=1e-13)
+
+
+def test_every_parameter_has_a_gradient_in_every_step() -> None:
+    program, _ = changed(Stack(), (X,), GateLayers(rate=0.9))
+    model = program.model.train()
+    assert advance(model, all) == 3
+    program.run(X)[0].square().sum().backward()
+    first, *others = blocks_of(model)
+    skipped = [p for block in others for p in block.parameters()]
+    assert all(p.grad is not None and not p.grad.any() for p in skipped)
+    running = [*first.parameters(), *model.get_submodule("head").parameters()]
+    assert all(p.grad is not None and p.grad.any() for p in running)
+
+
+def test_training_ends_as_the_plain_model() -> None:
+    program, _ = changed(Stack(), (X,), GateLayers(rate=0.9, plateau=0.25))
+    model = program.model.train()
+    for gate in gates(model):
+        gate.advance(5, 1.0)
+    assert torch.equal(program.run(X)[0], Stack()(X))
+
+
+def test_gates_of_one_seed_agree_and_draw_different_numbers() -> None:
+    first, second = (changed(Stack(5), (X,), GateLayers(rate=0.5, seed=3))[0] for _ in range(2))
+    other = changed(Stack(5), (X,), GateLayers(rate=0.5, seed=4))[0]
+
+    def drawn(program: Program) -> list[list[bool]]:
+        found = []
+        for step in range(30):
+            for gate in gates(program.model):
+                gate.advance(step, 0.0)
+            found.append([gate.skips() for gate in gates(program.model)])
+        return found
+
+    assert drawn(first) == drawn(second) != drawn(other)
+    assert len({tuple(column) for column in zip(*drawn(first), strict=True)}) == 4
+
+
+def test_installed_models_skip_in_their_blocks_and_their_checkpoints(tmp_path: Path) -> None:
+    """Hooks on blocks see them called; activation checkpointing repeats the decision."""
+    model = graphopt.optimize(Stack(), (X,), recipe=[GateLayers(rate=0.9)]).train()
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith((".up", "blocks.3")):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    advance(model, all)
+    wanted = model(X)
+    assert calls == ["blocks.0.up", "blocks.3"]
+    wanted.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    found = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+    found.square().sum().backward()
+    assert torch.equal(found, wanted)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+    graphopt.save(model, tmp_path / "out")
+    loaded = graphopt.load(tmp_path / "out", base=Stack()).train()
+    assert [gate.rate for gate in gates(loaded)] == [gate.rate for gate in gates(model)]
+    advance(loaded, all)
+    assert torch.equal(loaded(X), wanted)
+
+
+def test_a_gate_is_no_child_of_a_container_that_calls_its_children() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
+            return result
+
+    torch.manual_seed(0)
+    inner = [Residual(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(3)]
+    model = nn.Sequential(*inner, nn.Linear(8, 2)).eval()
+    optimized = graphopt.optimize(model, (X,), recipe=[GateLayers(rate=0.9)])
+    assert len(gates(optimized)) == 2
+    assert [len(layer) for layer in inner] == [3, 3, 3]
+    with torch.no_grad():
+        assert torch.equal(optimized(X), model(X))
+    # Another call runs the model's own forward.
+    assert_same_outputs(optimized(X[0]), model(X[0]), bound=1e-6)
+    optimized.train()
+    advance(optimized, all)
+    assert_same_outputs(optimized(X), inner[0](X) @ model[3].weight.T + model[3].bias, bound=1e-6)
+
+
+class Writing(nn.Module):
+    """Blocks that write in place: to their sum (harmless) or to what they start from."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.where = where
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0
+        for layer in self.layers:
+            y = layer(x)
+            if self.where == "sum":
+                y += x
+                x = y.relu_()
+            else:
+                view = x.view(-1, 8)
+                x = x + layer(view.relu_()).view_as(y)
+        return x
+
+
+def test_writing_in_place() -> None:
+    program, _ = changed(Writing("sum"), (X,), GateLayers(rate=0.9))
+    advance(program.model.train(), all)
+    first = (X + program.model.get_submodule("layers.0")(X)).relu()
+    assert_same_outputs(program.run(X)[0], first, bound=1e-6)
+    found = reasons(Writing("entry"), (X,), GateLayers(), TRAINING)
+    assert any("it writes in place to" in reason for reason in found)
+
+
+def test_what_a_pass_leaves_alone() -> None:
+    ignoring = Context(training=True, ignore=("blocks.2.up",))
+    found = GateLayers().propose(capture(Stack(), (X,)), ignoring)
+    assert [candidate.change.target for candidate in found.candidates] == ["blocks.1", "blocks.3"]
+    assert any("ignored by the pattern 'blocks.2.up'" in miss.reason for miss in found.misses)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    (reason,) = reasons(plain, (X,), GateLayers(), TRAINING)
+    assert reason == "no value is added to something that a layer computes from it"
+    assert "the rate is 0" in reasons(Stack(), (X,), GateLayers(rate=0.0), TRAINING)
+    case = find_case("gpt2")
+    args, kwargs = case.call(2, 7)
+    found_reasons = reasons(case.build(), kwargs or args, GateLayers(remove=1), TRAINING)
+    assert any("inside of it is also read outside" in reason for reason in found_reasons)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rate": 1.0}, {"rate": -0.1}, {"plateau": 2.0}, {"remove": -1}]
+)
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="gate-layers takes a rate from 0 to below 1"):
+        GateLayers(**options)
+
+
+def weakened(*blocks: int) -> Stack:
+    """Return a model in which some blocks hardly matter."""
+    model = Stack()
+    with torch.no_grad():
+        for index, block in enumerate(blocks_of(model)):
+            block.down.weight.mul_(0.01 if index in blocks else 3.0)
+            block.down.bias.mul_(0.01 if index in blocks else 3.0)
+    return model
+
+
+def test_the_least_influential_blocks_are_removed() -> None:
+    step = GateLayers(remove=2)
+    assert not step.exact
+    program, plan = changed(weakened(1, 3), (X,), step, Context())
+    assert {record.change.target for record in plan.changes} == {"blocks.1", "blocks.3"}
+    model = weakened(1, 3)
+    remaining = model.head(model.blocks[2](model.blocks[0](X)))
+    assert torch.equal(program.run(X)[0], remaining)
+    assert not [name for name, _ in program.model.named_parameters() if ".1." in name]
+    assert plan.totals is not None
+    share = plan.totals.after.parameters / plan.totals.before.parameters
+    assert share == pytest.approx((2 * 288 + 27) / (4 * 288 + 27), abs=0.02)
+
+
+def test_influence_is_one_minus_the_cosine_on_calibration_data() -> None:
+    model = Stack()
+    with torch.no_grad():  # Block 2 looks at the first feature only.
+        blocks_of(model)[2].up.weight[:, 1:] = 0
+    data = [{"x": torch.randn(3, 5, 8)} for _ in range(3)]
+    context = Context(calibration=Calibration(data))
+    proposal = GateLayers(remove=4).propose(capture(model, (X,)), context)
+    h = torch.cat([batch["x"] for batch in data])
+    wanted = {}
+    for index, block in enumerate(blocks_of(model)):
+        after = block(h)
+        wanted[f"blocks.{index}"] = 1 - functional.cosine_similarity(h, after, -1).mean().item()
+        h = after
+    found = {
+        candidate.change.target: float(candidate.change.summary.rpartition(" ")[2])
+        for candidate in proposal.candidates
+    }
+    assert found == pytest.approx(wanted, rel=6e-3)
+    assert list(found.values()) == sorted(found.values())
+
+
+def test_padding_has_no_influence() -> None:
+    case = find_case("bert-classifier")
+    args, kwargs = case.call(3, 9)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[:, 5:] = 0
+    call = {**kwargs, "attention_mask": mask}
+    other = {**call, "input_ids": call["input_ids"].masked_fill(mask == 0, 1)}
+
+    def summaries(example: Any) -> list[str]:
+        proposal = GateLayers(remove=9).propose(capture(case.build(), example), Context())
+        return [candidate.change.summary for candidate in proposal.candidates]
+
+    assert not args
+    assert len(summaries(call)) == 4
+    assert summaries(call) == summaries(other)
+
+
+@pytest.mark.parametrize("name", ["bert-classifier"])
+def test_removal_keeps_the_contract(name: str) -> None:
+    case = find_case(name)
+    args, kwargs = case.call(3, 9)
+    assert_pass_contract(
+        GateLayers(remove=1),
+        lambda: without_dropout(case.build()),
+        kwargs or args,
+        context=Context(budget=0.5, training=True),
+        other_example=case.call(3, 9, labels=True)[1],
+    )
+
+
+def test_a_removed_block_is_refused_eagerly_saved_and_given_back(tmp_path: Path) -> None:
+    model = graphopt.optimize(weakened(2), (X,), recipe=[GateLayers(remove=1)]).eval()
+    with pytest.raises(PlanError, match="the original forward fails over the rewritten modules"):
+        model(X[0])
+    graphopt.save(model, tmp_path / "out")
+    loaded = graphopt.load(tmp_path / "out", base=Stack()).eval()
+    assert torch.equal(loaded(X), model(X))
+    assert "blocks.2.up.weight" not in loaded.state_dict()
+    dense = graphopt.densify(copy.deepcopy(model))
+    assert dense.state_dict().keys() == Stack().state_dict().keys()
+    assert torch.equal(dense(X), model(X))
+    assert not dense.state_dict()["blocks.2.up.weight"].any()
+
+
+def test_shared_parameters_are_not_removed() -> None:
+    model = Stack()
+    model.blocks[2] = model.blocks[1]
+    tied = Stack()
+    blocks_of(tied)[2].up.weight = blocks_of(tied)[1].up.weight
+    for shared in (model, tied):
+        proposal = GateLayers(remove=4).propose(capture(shared, (X,)), Context())
+        targets = {candidate.change.target for candidate in proposal.candidates}
+        assert targets == {"blocks.0", "blocks.3"}
+        assert any("also read outside" in miss.reason for miss in proposal.misses)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("gpt2", GateLayers(rate=0.9)), ("bert-classifier", GateLayers(remove=1))],
+)
+def test_both_forms_export(name: str, step: GateLayers, tmp_path: Path) -> None:
+    case = find_case(name)
+    args, kwargs = case.call(2, 7)
+    model = graphopt.optimize(case.build(), kwargs or args, recipe=[step])
+    report = graphopt.export_onnx(model, tmp_path / "model.onnx", kwargs or args)
+    assert report.verification.failure is None
+
+
+def test_the_meta_device_has_no_influences() -> None:
+    with torch.device("meta"):
+        model = Stack()
+    found = reasons(model, (X.to("meta"),), GateLayers(remove=1), Context())
+    assert all("parameters on the meta device have no values" in reason for reason in found)
