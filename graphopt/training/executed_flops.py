@@ -59,7 +59,7 @@ class ExecutedFlops(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", func)
-        formula = flop_registry.get(packet) or _FORMULAS.get(packet)
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None and _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -112,6 +112,15 @@ def _grouped_product(left: Tensor, right: Tensor, *_: Any, out_val: Tensor, **__
     return 2 * out_val.numel() * left.shape[-1]
 
 
+def _convolution_backward(
+    gradient: Tensor, source: Tensor, weight: Tensor, *options: Any, **_: Any
+) -> int:
+    """Two products of the size of the forward one; torch's formula overlooks groups."""
+    transposed, wanted = options[4], options[7]
+    meets: Tensor = source if transposed else gradient
+    return 2 * meets.numel() * prod(weight.shape[1:]) * (wanted[0] + wanted[1])
+
+
 def _recurrent(source: Tensor, inner: Tensor, hidden: Tensor, *_: Any, **__: Any) -> int:
     """Both weight matrices of one layer and direction meet every token once."""
     return 2 * prod(source.shape[:-1]) * (inner.numel() + hidden.numel())
@@ -139,10 +148,11 @@ def _encoder_layer(source: Tensor, width: int, heads: int, *rest: Any, **_: Any)
     return _self_attention(source, source, source, width, heads) + feed_forward
 
 
-# Operators that `torch.utils.flop_counter` does not know, or counts as 0 on a CPU.
+# Operators that `torch.utils.flop_counter` does not know, or counts otherwise than they run.
 _FORMULAS: dict[Any, Formula] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN.convolution_backward: _convolution_backward,
     _ATEN.mv: _matrix_vector,
     _ATEN.dot: _matrix_vector,
     _ATEN.addmv: _added_matrix_vector,

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from zoo import find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.kernels import BlockLayout, BlockSparseLinear
@@ -82,6 +84,19 @@ def test_a_transformer_counts_as_by_hand_and_as_planned() -> None:
     assert facts.forward_flops + facts.backward_flops == by_hand
 
 
+@pytest.mark.parametrize("name", ["bert-classifier", "llama", "vit", "cnn"])
+def test_whole_models_count_as_planned(name: str) -> None:
+    case = find_case(name)
+    model = without_dropout(case.build()).train()
+    args, kwargs = case.call(2, 16)
+    with ExecutedFlops() as counted:
+        outputs = model(*args, **kwargs)
+        real = [item for item in tree_leaves(outputs) if isinstance(item, Tensor)]
+        torch.stack([item.square().sum() for item in real if item.requires_grad]).sum().backward()
+    facts = facts_of(capture(model, case.inputs(2, 16)))
+    assert counted.flops == facts.forward_flops + facts.backward_flops
+
+
 def test_operations_that_need_no_gradient_are_counted_whole() -> None:
     """In inference mode `linear` and the like are not taken apart before they are counted."""
     model, x = Transformer(), torch.randn(BATCH, TOKENS, WIDTH)
@@ -97,6 +112,20 @@ def test_fused_layers_of_torch_count_as_their_parts() -> None:
     parts = executed(layer, x, backward=False)
     with torch.no_grad():
         assert executed(layer.eval(), x, backward=False) == parts
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_convolutions_count_their_groups_forward_and_backward(
+    groups: int, transposed: bool
+) -> None:
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = kind(8, 12, 3, groups=groups)
+    x = torch.randn(2, 8, 7, 9)
+    places = 7 * 9 if transposed else 5 * 7
+    forward = 2 * 2 * places * 8 * 12 // groups * 9
+    assert executed(layer, x) == 2 * forward
+    assert executed(layer, x.requires_grad_()) == 3 * forward
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
