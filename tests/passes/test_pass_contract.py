@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gated_models import call, deeper
 from torch import nn
 from zoo import find_case, without_dropout
 
@@ -44,8 +45,14 @@ def frozen_below() -> nn.Module:
     return model
 
 
+def from_deeper(name: str) -> tuple[Build, Any, Any]:
+    """Return a model with a block in the middle, and calls with more than 16 tokens."""
+    return lambda: deeper(name), call(name), call(name, labels=True)
+
+
 MODELS: dict[str, tuple[Build, Any, Any]] = {
     "convolutions": (normalized, torch.randn(3, 3, 8, 8), None),
+    **{f"deeper-{name}": from_deeper(name) for name in ("bert-classifier", "gpt2")},
     "frozen-bert": (frozen_below, *from_zoo("bert-classifier")[1:]),
     **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn")},
     **{
@@ -53,6 +60,7 @@ MODELS: dict[str, tuple[Build, Any, Any]] = {
     },
 }
 CASES: dict[str, tuple[str, ...]] = {
+    "gate-tokens": ("deeper-bert-classifier", "deeper-gpt2"),
     "gate-layers": ("bert-classifier", "gpt2"),
     "drop-dead-tokens": ("bert-classifier",),
     "fold-batch-norm": ("convolutions",),
