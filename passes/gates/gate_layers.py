@@ -7,15 +7,13 @@ or:     x = x                            the parameters of f are gone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import fx, nn
 
 from graphopt.kernels.layer_gate import LayerGate
 from graphopt.passes.base import (
@@ -29,29 +27,25 @@ from graphopt.passes.base import (
     State,
     shared_names,
 )
-from graphopt.passes.calibration import bind, evaluation_mode
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import attribute_of, facts_of, total_cost
 from graphopt.passes.lazy_branches import make_lazy, only_for
-from graphopt.passes.padding import real_tokens
-from graphopt.passes.program import Program, compile_values
+from graphopt.passes.program import Program
 from graphopt.passes.tokens import Region, residual_stream
+
+from .block_influence import block_influences
+from .residual_blocks import (
+    BlockPlace,
+    ResidualBlock,
+    escaping,
+    find_block,
+    refusal,
+    residual_blocks,
+)
 
 _GATE = "layer_gate"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-class _Place(Details):
-    """Which region a change is about.
-
-    Attributes:
-        weights: Names of the parameters that its operations read.
-        occurrence: Which of the regions that read these, in graph order (shared blocks).
-    """
-
-    weights: tuple[str, ...] = Field(min_length=1)
-    occurrence: int = Field(ge=0)
 
 
 class _Skip(Details):
@@ -68,7 +62,7 @@ class _Skip(Details):
     """
 
     kind: Literal["skip"]
-    place: _Place
+    place: BlockPlace
     gate: str
     number: int = Field(ge=0)
     rate: float = Field(gt=0, lt=1)
@@ -95,7 +89,7 @@ class _Removal(Details):
     """
 
     kind: Literal["remove"]
-    place: _Place
+    place: BlockPlace
     freed: tuple[_Freed, ...] = Field(min_length=1)
 
 
@@ -147,13 +141,13 @@ class GateLayers(Pass):
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Find the blocks of every chain; gate them by depth, or score them for removal."""
-        places = list(_places(program))
-        if not places:
+        blocks = list(residual_blocks(program))
+        if not blocks:
             reason = residual_stream(program).reason or "its blocks have no parameters"
             return Proposal(misses=(self._miss("(model)", reason),))
         if self.remove:
-            return self._removals(program, context, places)
-        return self._skips(program, context, places)
+            return self._removals(program, context, blocks)
+        return self._skips(program, context, blocks)
 
     def trains_only(self, change: Change) -> bool:
         """Say whether the change is a gate, which always runs its block in evaluation mode."""
@@ -166,7 +160,7 @@ class GateLayers(Pass):
     def apply(self, program: Program, change: Change) -> None:
         """Put a gate behind the block's add, or the block's entry in its place."""
         details = _read(change)
-        region = _find(program, details.place, change)
+        region = find_block(program, details.place, change)
         if isinstance(details, _Skip):
             _insert_gate(program, region, details)
         else:
@@ -194,33 +188,35 @@ class GateLayers(Pass):
     def _miss(self, target: str, reason: str) -> Miss:
         return Miss(pass_name=self.name, target=target, reason=reason)
 
-    def _skips(self, program: Program, context: Context, places: Sequence[_Located]) -> Proposal:
+    def _skips(
+        self, program: Program, context: Context, blocks: Sequence[ResidualBlock]
+    ) -> Proposal:
         candidates: list[Candidate] = []
         misses: list[Miss] = []
         taken: set[str] = set()
-        for number, place in enumerate(places):
-            rate = self.rate * place.depth
-            reason = _skip_refusal(program, context, place, rate)
+        for number, block in enumerate(blocks):
+            rate = self.rate * block.depth
+            reason = _skip_refusal(program, context, block, rate)
             if reason is not None:
-                misses.append(self._miss(place.name, reason))
+                misses.append(self._miss(block.name, reason))
                 continue
-            gate = _gate_name(program, place.region, taken)
+            gate = _gate_name(program, block.region, taken)
             taken.add(gate)
             details = _Skip(
                 kind="skip",
-                place=place.place,
+                place=block.place,
                 gate=gate,
                 number=number,
                 rate=rate,
                 plateau=self.plateau,
                 seed=self.seed,
             )
-            cost = facts_of(program).cost(place.region.nodes)
+            cost = facts_of(program).cost(block.region.nodes)
             candidates.append(
                 Candidate(
                     change=Change(
                         pass_name=self.name,
-                        target=place.name,
+                        target=block.name,
                         summary=f"left out in up to {rate:.1%} of the training steps",
                         details=details.model_dump(mode="json"),
                     ),
@@ -231,37 +227,39 @@ class GateLayers(Pass):
             )
         return Proposal(candidates=tuple(candidates), misses=tuple(misses))
 
-    def _removals(self, program: Program, context: Context, places: Sequence[_Located]) -> Proposal:
+    def _removals(
+        self, program: Program, context: Context, blocks: Sequence[ResidualBlock]
+    ) -> Proposal:
         misses: list[Miss] = []
-        open_places: list[tuple[_Located, tuple[_Freed, ...]]] = []
-        for place in places:
-            freed = _freed(program, place.region)
-            reason = _removal_refusal(program, context, place, freed)
+        free: list[tuple[ResidualBlock, tuple[_Freed, ...]]] = []
+        for block in blocks:
+            freed = _freed(program, block.region)
+            reason = _removal_refusal(program, context, block, freed)
             if reason is None:
-                open_places.append((place, freed))
+                free.append((block, freed))
             else:
-                misses.append(self._miss(place.name, reason))
-        if not open_places:
+                misses.append(self._miss(block.name, reason))
+        if not free:
             return Proposal(misses=tuple(misses))
-        influences = _influences(program, context, [place for place, _ in open_places])
-        order = sorted(range(len(open_places)), key=influences.__getitem__)
+        influences = block_influences(program, context, [block for block, _ in free])
+        order = sorted(range(len(free)), key=influences.__getitem__)
         spare = _spare_flops(program, context)
         candidates: list[Candidate] = []
         for index in order:
-            place, freed = open_places[index]
+            block, freed = free[index]
             text = f"influence {influences[index]:.3g}"
             if len(candidates) == self.remove or spare <= 0:
                 limit = "the budget is met" if spare <= 0 else f"{self.remove} matter less"
-                misses.append(self._miss(place.name, f"{text}, kept: {limit}"))
+                misses.append(self._miss(block.name, f"{text}, kept: {limit}"))
                 continue
-            details = _Removal(kind="remove", place=place.place, freed=freed)
-            cost = facts_of(program).cost(only_for(place.region.add, place.region.entry))
+            details = _Removal(kind="remove", place=block.place, freed=freed)
+            cost = facts_of(program).cost(only_for(block.region.add, block.region.entry))
             spare -= cost.flops
             candidates.append(
                 Candidate(
                     change=Change(
                         pass_name=self.name,
-                        target=place.name,
+                        target=block.name,
                         summary=f"removed, {text}",
                         details=details.model_dump(mode="json"),
                     ),
@@ -273,95 +271,36 @@ class GateLayers(Pass):
         return Proposal(candidates=tuple(candidates), misses=tuple(misses))
 
 
-@dataclass(frozen=True)
-class _Located:
-    """A region with its place, its depth in the model (1 for the last) and a name for people."""
-
-    region: Region
-    place: _Place
-    depth: float
-    first: bool
-    width_dim: int
-    name: str
-
-
-def _places(program: Program) -> Iterator[_Located]:
-    """Yield the regions that have parameters, in graph order."""
-    seen: dict[tuple[str, ...], int] = {}
-    chains = residual_stream(program).chains
-    found = [(region, chain.width_dim) for chain in chains for region in chain.regions]
-    for index, (region, width_dim) in enumerate(found):
-        weights = _weights(program, region)
-        if not weights:
-            continue
-        occurrence = seen.get(weights, 0)
-        seen[weights] = occurrence + 1
-        yield _Located(
-            region=region,
-            place=_Place(weights=weights, occurrence=occurrence),
-            depth=(index + 1) / len(found),
-            first=index == 0,
-            width_dim=width_dim,
-            name=_name(program, weights) + (f"@{occurrence}" if occurrence else ""),
-        )
-
-
-def _weights(program: Program, region: Region) -> tuple[str, ...]:
-    facts = facts_of(program)
-    return tuple(sorted(frozenset().union(*(facts.nodes[node].weights for node in region.nodes))))
-
-
-def _name(program: Program, weights: Sequence[str]) -> str:
-    """Return the innermost module that holds the matrices, or else all parameters."""
-    matrices = [name for name in weights if attribute_of(program, name).dim() > 1]
-    paths = [name.split(".")[:-1] for name in matrices or weights]
-    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    return ".".join(parts[0] for parts in common) or "(model)"
-
-
-def _find(program: Program, place: _Place, change: Change) -> Region:
-    """Return the region of a place.
-
-    Raises:
-        PlanError: if the program has none there.
-    """
-    for found in _places(program):
-        if found.place == place:
-            return found.region
-    raise PlanError(
-        f"the model has no residual block like the one at {change.target!r}, which the plan "
-        "describes; is this plan for another model?"
-    )
-
-
-def _skip_refusal(program: Program, context: Context, place: _Located, rate: float) -> str | None:
+def _skip_refusal(
+    program: Program, context: Context, block: ResidualBlock, rate: float
+) -> str | None:
     """Say why a region cannot be left out in training, None if it can."""
-    reason = _refusal(program, context, place)
+    reason = refusal(program, context, block)
     if reason is not None:
         return reason
-    if place.first:
+    if block.first:
         return "the first block always runs"
     if not rate:
         return "the rate is 0"
-    region = place.region
+    region = block.region
     facts = facts_of(program)
     all_flops = facts.cost(region.nodes).flops
     saved = facts.cost(only_for(region.add, region.entry)).flops
     if 2 * saved < all_flops:
-        return f"{_escaping(region)}; that leaves {saved / all_flops:.0%} of it to save"
+        return f"{escaping(region)}; that leaves {saved / all_flops:.0%} of it to save"
     return None
 
 
 def _removal_refusal(
-    program: Program, context: Context, place: _Located, freed: Sequence[_Freed]
+    program: Program, context: Context, block: ResidualBlock, freed: Sequence[_Freed]
 ) -> str | None:
     """Say why a region cannot be removed, None if it can."""
-    reason = _refusal(program, context, place)
+    reason = refusal(program, context, block)
     if reason is not None:
         return reason
-    if place.region.escapes:
-        return _escaping(place.region)
-    if {item.name for item in freed} < {*place.place.weights}:
+    if block.region.escapes:
+        return escaping(block.region)
+    if {item.name for item in freed} < {*block.place.weights}:
         return "its parameters are also read outside"
     for item in freed:
         others = [name for name in shared_names(program.model, item.name) if name != item.name]
@@ -370,56 +309,6 @@ def _removal_refusal(
     if any(parameter.is_meta for parameter in program.model.parameters()):
         return "its influence is not known: parameters on the meta device have no values"
     return None
-
-
-def _escaping(region: Region) -> str:
-    names = ", ".join(node.name for node in region.escapes)
-    return (
-        f"{names} inside of it is also read outside; take a call without these results (a cache, "
-        "attention maps) as the example"
-    )
-
-
-def _refusal(program: Program, context: Context, place: _Located) -> str | None:
-    pattern = context.ignored_by(place.name, *place.place.weights)
-    if pattern is not None:
-        return f"ignored by the pattern {pattern!r}"
-    region = place.region
-    if any(_is_gate(program, user) for user in region.add.users):
-        return "it is gated already"
-    entry, result = region.entry.meta["val"], region.add.meta["val"]
-    if entry.shape != result.shape or entry.dtype != result.dtype:
-        return (
-            f"it starts from {list(entry.shape)} {entry.dtype} and ends with "
-            f"{list(result.shape)} {result.dtype}"
-        )
-    written = _written_outside(region)
-    if written is not None:
-        return f"it writes in place to {written.name}, which is outside"
-    return None
-
-
-def _is_gate(program: Program, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(program.module(str(node.target)), LayerGate)
-
-
-def _written_outside(region: Region) -> fx.Node | None:
-    """Return a value outside of a region that it writes to, directly or through a view."""
-    inside = set(region.nodes)
-    for node in (*region.nodes, region.add):
-        source: Any = node
-        while isinstance(source.target, torch._ops.OpOverload) and source.all_input_nodes:
-            schema = source.target._schema
-            if not (schema.is_mutable if source is node else _is_view(schema)):
-                break
-            source = source.all_input_nodes[0]
-            if source not in inside:
-                return source  # type: ignore[no-any-return]
-    return None
-
-
-def _is_view(schema: Any) -> bool:
-    return any(item.alias_info is not None for item in schema.returns)
 
 
 def _gate_name(program: Program, region: Region, taken: set[str]) -> str:
@@ -514,39 +403,6 @@ def _spare_flops(program: Program, context: Context) -> float:
     if context.budget is None:
         return float("inf")
     return total_cost(program).flops * (1 - context.budget)
-
-
-def _influences(program: Program, context: Context, places: Sequence[_Located]) -> list[float]:
-    """Return 1 - cosine between entry and result of every region, averaged over real tokens."""
-    nodes = [node for place in places for node in (place.region.entry, place.region.add)]
-    run = compile_values(program, nodes)
-    totals = [0.0] * len(places)
-    count = [0.0] * len(places)
-    calibration = context.calibration
-    batches: Iterator[Mapping[str, Any]] = (
-        iter([program.example]) if calibration is None else calibration.batches()
-    )
-    with evaluation_mode(program.model), torch.no_grad():
-        for batch in batches:
-            values = run(program.model, *bind(program, batch))
-            real = real_tokens(program, batch)
-            for index, place in enumerate(places):
-                before, after = values[2 * index : 2 * index + 2]
-                cosine = functional.cosine_similarity(
-                    before.double(), after.double(), dim=place.width_dim
-                )
-                weight = _row_weights(cosine, real)
-                totals[index] += float(((1 - cosine) * weight).sum())
-                count[index] += float(weight.sum())
-    return [total / max(rows, 1.0) for total, rows in zip(totals, count, strict=True)]
-
-
-def _row_weights(rows: Tensor, real: Tensor | None) -> Tensor:
-    """Return 1 for rows that count: real tokens where the rows are those of the batch's tokens."""
-    if real is None or real.shape != rows.shape[:2]:
-        return torch.ones_like(rows)
-    extra = (1,) * (rows.dim() - 2)
-    return real.to(rows.device, rows.dtype).view(*real.shape, *extra).expand_as(rows)
 
 
 def _read(change: Change) -> _Skip | _Removal:

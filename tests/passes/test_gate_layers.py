@@ -107,7 +107,7 @@ def test_every_block_but_the_first_gets_a_rate_by_its_depth(name: str) -> None:
     assert [miss.reason for miss in proposal.misses] == ["the first block always runs"]
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "llama", "resnet"])
+@pytest.mark.parametrize("name", ["llama", "resnet"])
 def test_evaluation_is_that_of_the_plain_model_to_the_last_bit(name: str) -> None:
     case = find_case(name)
     args, kwargs = case.call(2, 7)
@@ -352,19 +352,19 @@ def test_influence_is_one_minus_the_cosine_on_calibration_data() -> None:
 
 def test_padding_has_no_influence() -> None:
     case = find_case("bert-classifier")
-    args, kwargs = case.call(3, 9)
+    _, kwargs = case.call(3, 9)
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[:, 5:] = 0
-    call = {**kwargs, "attention_mask": mask}
-    other = {**call, "input_ids": call["input_ids"].masked_fill(mask == 0, 1)}
+    program = capture(case.build(), {**kwargs, "attention_mask": mask})
 
-    def summaries(example: Any) -> list[str]:
-        proposal = GateLayers(remove=9).propose(capture(case.build(), example), Context())
+    def summaries(padding: int) -> list[str]:
+        ids = kwargs["input_ids"].masked_fill(mask == 0, padding)
+        program.example = {**program.example, "input_ids": ids}
+        proposal = GateLayers(remove=9).propose(program, Context())
         return [candidate.change.summary for candidate in proposal.candidates]
 
-    assert not args
-    assert len(summaries(call)) == 4
-    assert summaries(call) == summaries(other)
+    assert len(summaries(1)) == 4
+    assert summaries(1) == summaries(2)
 
 
 @pytest.mark.parametrize("name", ["bert-classifier"])
