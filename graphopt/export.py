@@ -18,12 +18,14 @@ from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphopt.passes.errors import CheckpointError, ExportError, MissingExtraError
+from graphopt.passes.registry import pass_named
 
 from . import open_sizes
 from .export_forms import export_forms
 from .flat_model import FlatModel, evaluating, first_line
 from .onnx_runtime import VerifyReport, arguments_for, verify_flat
 from .open_sizes import OpenSizes
+from .runtime import installation_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -163,11 +165,26 @@ def export_onnx(
                 dynamic=found,
                 size_bytes=_publish(draft, target),
                 verification=replace(verification, path=target),
-                notes=open_sizes.static_notes(flat, wanted, found, failures),
+                notes=(
+                    *_left_out(model),
+                    *open_sizes.static_notes(flat, wanted, found, failures),
+                ),
             )
     raise ExportError(
         f"{type(model).__name__} was not exported to {target}: {failures[0]}"
     ) from failures[0]
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Say which changes are not in the file, because they do nothing in evaluation mode.
+
+    The graph is traced in that mode, where their operations are not run.
+    """
+    installation = installation_of(model)
+    plans = [] if installation is None else [installation.plan, *installation.plan.parts.values()]
+    changes = [record.change for plan in plans for record in plan.changes]
+    names = [c.pass_name for c in changes if pass_named(c.pass_name).trains_only(c)]
+    return [f"{name} acts in training only and is not in the file" for name in dict.fromkeys(names)]
 
 
 def _checked_target(target: Path) -> Path:

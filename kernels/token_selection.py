@@ -70,10 +70,8 @@ def take_tokens(
     batch, kept = index.shape
     x = x.expand(*x.shape[:batch_dim], batch, *x.shape[batch_dim + 1 :])
     for dim in token_dims:
-        shape = [1] * x.dim()
-        shape[batch_dim], shape[dim] = batch, kept
         wanted = [*x.shape[:dim], kept, *x.shape[dim + 1 :]]
-        x = x.gather(dim, index.reshape(shape).expand(wanted))
+        x = x.gather(dim, _lying(index, x.dim(), batch_dim, dim).expand(wanted))
     return x
 
 
@@ -130,9 +128,8 @@ def spread_tokens(
     shape[dim] = x.shape[token_dim]
     if batch_dim is None:
         return chosen.new_zeros(shape).index_copy(dim, index[0], chosen)
-    view = [1] * chosen.dim()
-    view[batch_dim], view[dim] = index.shape
-    return chosen.new_zeros(shape).scatter(dim, index.view(view).expand_as(chosen), chosen)
+    places = _lying(index, chosen.dim(), batch_dim, dim).expand_as(chosen)
+    return chosen.new_zeros(shape).scatter(dim, places, chosen)
 
 
 def attention_received(
@@ -176,6 +173,13 @@ def _rows_of(x: Tensor, index: Tensor) -> Tensor:
     x = x.expand(batch, *x.shape[1:])
     rows = gather_rows(x.flatten(0, 1), _row_numbers(x, index))
     return rows.reshape(batch, kept, *x.shape[2:])
+
+
+def _lying(index: Tensor, rank: int, batch_dim: int, token_dim: int) -> Tensor:
+    """Return an index [batch, kept] with its dimensions where a value has them."""
+    shape = [1] * rank
+    shape[batch_dim], shape[token_dim] = index.shape
+    return (index if batch_dim < token_dim else index.t()).reshape(shape)
 
 
 def _row_numbers(x: Tensor, index: Tensor) -> Tensor:
