@@ -9,6 +9,9 @@ from math import prod
 import torch
 from torch import fx, nn
 
+from graphopt.kernels.packed_rows import real_rows
+
+from .axis_flow import tensors_of
 from .evaluation_form import is_uncontrolled
 from .facts import facts_of
 from .padding import padding_input
@@ -31,13 +34,16 @@ class FrozenPrefix:
             What else the rest reads of `nodes` (masks, rotary tables) costs next to nothing.
         token_dims: For each of the values its dimension over the tokens of the padding input, None
             if it has none.
-        inputs: Names of the inputs that the values depend on.
+        packed: For each of the values whether that dimension counts the real tokens of all samples
+            together, one sample after the other.
+        inputs: Names of the inputs on whose values, not only sizes, these depend.
         flops: Operations of the values, one forward at the example's sizes.
     """
 
     nodes: frozenset[fx.Node]
     values: tuple[fx.Node, ...]
     token_dims: tuple[int | None, ...]
+    packed: tuple[bool, ...]
     inputs: tuple[str, ...]
     flops: int
 
@@ -56,7 +62,9 @@ def frozen_prefix(program: Program, frozen: Collection[str]) -> FrozenPrefix:
     values: list[fx.Node] = []
     flops = 0
     for node in program.graph.nodes:
-        if not _is_read_outside(node, hoisted) or _symbol(node, 0) not in samples:
+        if not _is_read_outside(node, hoisted):
+            continue
+        if _symbol(node, 0) not in samples and packed_dim(program, node) is None:
             continue
         fresh = _ancestors(node) - covered
         cost = sum(facts.nodes[item].forward_flops for item in fresh)
@@ -64,11 +72,23 @@ def frozen_prefix(program: Program, frozen: Collection[str]) -> FrozenPrefix:
             values.append(node)
             covered |= fresh
             flops += cost
-    inputs = tuple(node.name for node in program.placeholders if node in covered)
-    dims = tuple(token_dim(program, node) for node in values)
+    read = _ancestors(*values, through_sizes=False) if values else set()
+    inputs = tuple(node.name for node in program.placeholders if node in read)
+    packed = [packed_dim(program, node) for node in values]
+    dims = tuple(
+        token_dim(program, node) if found is None else found
+        for node, found in zip(values, packed, strict=True)
+    )
     nodes = covered | _descendants(values) & hoisted
     nodes.update(*map(_ancestors, nodes))
-    return FrozenPrefix(frozenset(nodes), tuple(values), dims, inputs, flops)
+    return FrozenPrefix(
+        frozenset(nodes),
+        tuple(values),
+        dims,
+        tuple(found is not None for found in packed),
+        inputs,
+        flops,
+    )
 
 
 def prefix_graph(program: Program, prefix: FrozenPrefix) -> fx.Graph:
@@ -175,14 +195,29 @@ def _is_read_outside(node: fx.Node, hoisted: Collection[fx.Node]) -> bool:
     )
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, pending = {node}, [node]
+def _ancestors(*nodes: fx.Node, through_sizes: bool = True) -> set[fx.Node]:
+    """Return nodes with all that they depend on; without what gives them sizes only, if asked."""
+    found, pending = set(nodes), list(nodes)
     while pending:
-        for item in pending.pop().all_input_nodes:
+        node = pending.pop()
+        if not through_sizes and not tensors_of(node.meta.get("val")):
+            continue
+        for item in node.all_input_nodes:
             if item not in found:
                 found.add(item)
                 pending.append(item)
     return found
+
+
+def packed_dim(program: Program, node: fx.Node) -> int | None:
+    """Return the dimension of a value over the real tokens of all samples, None if it has none."""
+    symbols = {_symbol(item, 0) for item in program.graph.nodes if item.target is real_rows}
+    dims = [
+        dim
+        for dim in range(len(shape_of(node)))
+        if (symbol := _symbol(node, dim)) is not None and symbol in symbols
+    ]
+    return dims[0] if len(dims) == 1 else None
 
 
 def _symbol(node: fx.Node, dim: int) -> str | None:

@@ -199,29 +199,39 @@ class PrefixCache:
             found = [store.get(key) for key in keys]
         missing = [row for row, entry in enumerate(found) if entry is None]
         if missing:
-            for row, entry in zip(missing, self._entries(tensors, missing, kept), strict=True):
+            computed = self._entries(tensors, missing, kept, real)
+            for row, entry in zip(missing, computed, strict=True):
                 store.put(keys[row], entry)
                 found[row] = store.get(keys[row])
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         entries = [entry for entry in found if entry is not None]
         return [
-            _together([entry[i] for entry in entries], dtype, dim, kept).to(tensors[0].device)
-            for i, (dtype, dim) in enumerate(zip(types, self._prefix.token_dims, strict=True))
+            _together(
+                [entry[i] for entry in entries], dtype, dim, None if packed else kept, packed
+            ).to(tensors[0].device)
+            for i, (dtype, dim, packed) in enumerate(
+                zip(types, self._prefix.token_dims, self._prefix.packed, strict=True)
+            )
         ]
 
     def _entries(
-        self, tensors: Sequence[Tensor], rows: list[int], kept: Tensor | None
+        self, tensors: Sequence[Tensor], rows: list[int], kept: Tensor | None, real: Tensor | None
     ) -> list[list[Tensor]]:
         """Compute what is stored of some rows of a batch."""
-        computed = self._compute(tensors, rows)
-        return [
-            [
-                _cut(value[place], dim, None if kept is None else kept[row])
-                for value, dim in zip(computed, self._prefix.token_dims, strict=True)
-            ]
-            for place, row in enumerate(rows)
-        ]
+        parts: list[Sequence[Tensor]] = []
+        values = self._compute(tensors, rows)
+        for value, dim, packed in zip(
+            values, self._prefix.token_dims, self._prefix.packed, strict=True
+        ):
+            if packed:
+                assert real is not None
+                assert dim is not None
+                parts.append(value.split(real[rows].sum(1).tolist(), dim))
+            else:
+                cut = [None if kept is None else kept[row] for row in rows]
+                parts.append([_cut(v, dim, c) for v, c in zip(value, cut, strict=True)])
+        return [list(entry) for entry in zip(*parts, strict=True)]
 
     def _compute(self, tensors: Sequence[Tensor], rows: list[int]) -> list[Tensor]:
         """Run the prefix on some rows of a batch."""
@@ -293,9 +303,10 @@ class PrefixCache:
             whole_values = self._compute(tensors, rows)
             pairs = zip(whole_values, self._compute(longer, rows), strict=True)
             cut: list[Tensor] = []
-            for (value, other), dim in zip(pairs, self._prefix.token_dims, strict=True):
+            dims = zip(self._prefix.token_dims, self._prefix.packed, strict=True)
+            for (value, other), (dim, packed) in zip(pairs, dims, strict=True):
                 first, second = value, other
-                if dim is not None:
+                if dim is not None and not packed:
                     second = other.narrow(dim, 0, value.shape[dim])
                     first, second = (_masked(item, dim, real) for item in (value, second))
                 if relative_error(second, first) > bound:
@@ -417,9 +428,16 @@ def _masked(value: Tensor, dim: int, real: Tensor) -> Tensor:
 
 
 def _together(
-    rows: Sequence[Tensor], dtype: torch.dtype, dim: int | None, real: Tensor | None
+    rows: Sequence[Tensor],
+    dtype: torch.dtype,
+    dim: int | None,
+    real: Tensor | None,
+    packed: bool,
 ) -> Tensor:
     """Return samples as one batch, tokens in their places, 0 at padded ones."""
+    if packed:
+        assert dim is not None
+        return torch.cat(list(rows), dim).to(dtype)
     if dim is None or real is None:
         return torch.stack(list(rows)).to(dtype)
     shape = list(rows[0].shape)

@@ -209,6 +209,18 @@ def test_images(name: str, parts: tuple[str, ...], tmp_path: Path) -> None:
     assert (cache.hits, cache.misses) == (3, 3)
 
 
+def test_packed_tokens_are_split_by_sample(tmp_path: Path) -> None:
+    model = frozen(find_case("bert-classifier").build(), "embeddings", "layer.0.")
+    passes = ["hoist-frozen-prefix", "drop-dead-tokens", "pack-tokens"]
+    model = graphopt.optimize(model, batch_of([0, 1, 2]), recipe=passes, measure=False).train()
+    plain = losses(copy.deepcopy(model), epochs=2)
+    with PrefixCache(model, tmp_path, dtype=torch.float32) as cache:
+        assert losses(model, epochs=2, cache=cache) == plain
+    assert (cache.hits, cache.misses) == (SAMPLES, SAMPLES)
+    stored = sum(p.stat().st_size for p in tmp_path.rglob("*.bin"))
+    assert stored == sum(LENGTHS) * 32 * 4, "one value of real tokens, before the packed layers"
+
+
 def test_a_saved_model_finds_what_was_stored(model: nn.Module, tmp_path: Path) -> None:
     batch = batch_of([0, 3])
     with PrefixCache(model, tmp_path / "cache") as cache, cache.samples([0, 3]):
