@@ -68,6 +68,12 @@ def blocks_of(model: nn.Module) -> list[Block]:
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module")
+def stack() -> Program:
+    """A program to propose for; nobody changes it."""
+    return capture(Stack(), (X,))
+
+
 def changed(
     model: nn.Module, example: Any, step: GateLayers, context: Context = TRAINING
 ) -> tuple[Program, Any]:
@@ -95,9 +101,8 @@ def reasons(model: nn.Module, example: Any, step: GateLayers, context: Context) 
     return [miss.reason for miss in proposal.misses]
 
 
-@pytest.mark.parametrize("name", ["transformer-encoder-pre-norm", "bert-classifier"])
-def test_every_block_but_the_first_gets_a_rate_by_its_depth(name: str) -> None:
-    case = find_case(name)
+def test_every_block_but_the_first_gets_a_rate_by_its_depth() -> None:
+    case = find_case("transformer-encoder")
     args, kwargs = case.call(2, 7)
     program = capture(case.build(), kwargs or args)
     proposal = GateLayers(rate=0.3).propose(program, TRAINING)
@@ -107,7 +112,7 @@ def test_every_block_but_the_first_gets_a_rate_by_its_depth(name: str) -> None:
     assert [miss.reason for miss in proposal.misses] == ["the first block always runs"]
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet"])
+@pytest.mark.parametrize("name", ["bert-classifier", "resnet"])
 def test_evaluation_is_that_of_the_plain_model_to_the_last_bit(name: str) -> None:
     case = find_case(name)
     args, kwargs = case.call(2, 7)
@@ -123,9 +128,9 @@ def test_evaluation_is_that_of_the_plain_model_to_the_last_bit(name: str) -> Non
     assert optimized.state_dict().keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "modernbert", "gpt2"])
+@pytest.mark.parametrize("name", ["transformer-encoder", "gpt2"])
 def test_steps_without_blocks_cost_less_by_these(name: str) -> None:
-    """Post-norm, pre-norm, and a decoder whose keys and values are a result."""
+    """Post-norm, and a pre-norm decoder whose keys and values are a result."""
     case = find_case(name)
     args, kwargs = case.call(2, 7)
     program, plan = changed(without_dropout(case.build()), kwargs or args, GateLayers(rate=0.9))
@@ -188,20 +193,11 @@ def test_training_ends_as_the_plain_model() -> None:
     assert torch.equal(program.run(X)[0], Stack()(X))
 
 
-def test_gates_of_one_seed_agree_and_draw_different_numbers() -> None:
-    first, second = (changed(Stack(5), (X,), GateLayers(rate=0.5, seed=3))[0] for _ in range(2))
-    other = changed(Stack(5), (X,), GateLayers(rate=0.5, seed=4))[0]
-
-    def drawn(program: Program) -> list[list[bool]]:
-        found = []
-        for step in range(30):
-            for gate in gates(program.model):
-                gate.advance(step, 0.0)
-            found.append([gate.skips() for gate in gates(program.model)])
-        return found
-
-    assert drawn(first) == drawn(second) != drawn(other)
-    assert len({tuple(column) for column in zip(*drawn(first), strict=True)}) == 4
+def test_gates_of_one_seed_draw_different_numbers(stack: Program) -> None:
+    proposal = GateLayers(seed=3).propose(stack, TRAINING)
+    details = [candidate.change.details for candidate in proposal.candidates]
+    assert [one["seed"] for one in details] == [3, 3, 3]
+    assert len({one["number"] for one in details}) == 3
 
 
 def test_installed_models_skip_in_their_blocks_and_their_checkpoints(tmp_path: Path) -> None:
@@ -282,19 +278,51 @@ def test_writing_in_place() -> None:
     assert any("it writes in place to" in reason for reason in found)
 
 
-def test_what_a_pass_leaves_alone() -> None:
+def test_what_a_pass_leaves_alone(stack: Program) -> None:
     ignoring = Context(training=True, ignore=("blocks.2.up",))
-    found = GateLayers().propose(capture(Stack(), (X,)), ignoring)
+    found = GateLayers().propose(stack, ignoring)
     assert [candidate.change.target for candidate in found.candidates] == ["blocks.1", "blocks.3"]
     assert any("ignored by the pattern 'blocks.2.up'" in miss.reason for miss in found.misses)
+    misses = GateLayers(rate=0.0).propose(stack, TRAINING).misses
+    assert {miss.reason for miss in misses} == {"the first block always runs", "the rate is 0"}
     plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     (reason,) = reasons(plain, (X,), GateLayers(), TRAINING)
     assert reason == "no value is added to something that a layer computes from it"
-    assert "the rate is 0" in reasons(Stack(), (X,), GateLayers(rate=0.0), TRAINING)
-    case = find_case("gpt2")
-    args, kwargs = case.call(2, 7)
-    found_reasons = reasons(case.build(), kwargs or args, GateLayers(remove=1), TRAINING)
-    assert any("inside of it is also read outside" in reason for reason in found_reasons)
+
+
+class Caching(nn.Module):
+    """A stack that also returns what its blocks compute inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        cache = []
+        for number, block in enumerate(blocks_of(self)):
+            h = block.up(block.norm(x))
+            branch = block.down(functional.gelu(h))
+            cache.append(h.mean(-1) if number < 2 else branch)
+            x = x + branch
+        return x, *cache
+
+
+def test_values_that_are_also_results_are_computed_in_any_case() -> None:
+    """Half of one block is left to save, and nothing of a block whose very result is read."""
+    program, plan = changed(Caching(), (X,), GateLayers(rate=0.9))
+    assert [record.change.target for record in plan.changes] == ["stack.blocks.1"]
+    (last,) = [miss for miss in plan.misses if miss.target == "stack.blocks.2"]
+    assert "inside of it is also read outside; take a call without these" in last.reason
+    assert last.reason.endswith("that leaves 0% of it to save")
+    model = program.model.train()
+    wanted = [value.detach() for value in Caching()(X)]
+    advance(model, all)
+    x, first, second, _ = program.run(X)
+    assert torch.equal(first, wanted[1])
+    assert torch.equal(second, wanted[2])
+    assert not torch.equal(x, wanted[0])
+    found = reasons(Caching(), (X,), GateLayers(remove=1), TRAINING)
+    assert sum("inside of it is also read outside" in reason for reason in found) == 3
 
 
 @pytest.mark.parametrize(
@@ -367,9 +395,8 @@ def test_padding_has_no_influence() -> None:
     assert summaries(1) == summaries(2)
 
 
-@pytest.mark.parametrize("name", ["bert-classifier"])
-def test_removal_keeps_the_contract(name: str) -> None:
-    case = find_case(name)
+def test_removal_keeps_the_contract() -> None:
+    case = find_case("bert-classifier")
     args, kwargs = case.call(3, 9)
     assert_pass_contract(
         GateLayers(remove=1),
@@ -406,15 +433,10 @@ def test_shared_parameters_are_not_removed() -> None:
         assert any("also read outside" in miss.reason for miss in proposal.misses)
 
 
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [("gpt2", GateLayers(rate=0.9)), ("bert-classifier", GateLayers(remove=1))],
-)
-def test_both_forms_export(name: str, step: GateLayers, tmp_path: Path) -> None:
-    case = find_case(name)
-    args, kwargs = case.call(2, 7)
-    model = graphopt.optimize(case.build(), kwargs or args, recipe=[step])
-    report = graphopt.export_onnx(model, tmp_path / "model.onnx", kwargs or args)
+@pytest.mark.parametrize("step", [GateLayers(rate=0.9), GateLayers(remove=1)], ids=repr)
+def test_both_forms_export(step: GateLayers, tmp_path: Path) -> None:
+    model = graphopt.optimize(Stack(), (X,), recipe=[step])
+    report = graphopt.export_onnx(model, tmp_path / "model.onnx", (X,))
     assert report.verification.failure is None
 
 
