@@ -126,7 +126,8 @@ def _step(model: nn.Module, ids: dict[str, Tensor]) -> None:
 def _flops(run: Callable[[], None]) -> int:
     with ExecutedFlops() as executed:
         run()
-    return executed.flops
+    flops: int = executed.flops
+    return flops
 
 
 def _model(width: int, length: int) -> nn.Module:
@@ -146,7 +147,8 @@ def _model(width: int, length: int) -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return GPT2LMHeadModel(config)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
 
 
 def _batch(data: Path, batch: int, length: int) -> dict[str, Tensor]:

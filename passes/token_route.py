@@ -244,7 +244,7 @@ class _Search:
         """Say whether a size that counts tokens and more does not follow their number."""
         if isinstance(size, fx.Node):
             return isinstance(self._symbol, int)
-        return size != -1
+        return bool(size != -1)
 
     def _check_number(self, item: fx.Node, user: fx.Node) -> None:
         if isinstance(self._symbol, int) or self._is_tokens(item):

@@ -155,7 +155,7 @@ def test_the_share_of_random_gates_grows_until_all_tokens_run() -> None:
 def test_special_tokens_always_run_in_encoders() -> None:
     dense = deeper("roberta")
     example = call("roberta", 48)
-    example["input_ids"][0, 40] = dense.config.eos_token_id  # type: ignore[union-attr,index]
+    example["input_ids"][0, 40] = dense.config.eos_token_id  # type: ignore[union-attr]
     model = gated(dense, example)
     (gate,) = gates(model)
     assert gate.fixed == (0,)
