@@ -41,6 +41,7 @@ from graphopt.passes.verifier import preserved, relative_error, rounding_bound
 from graphopt.runtime import install_beside, installation_of
 
 from .ranks import whole
+from .sample_rows import batch_of, bytes_of, real_part, without_padding
 from .sample_store import SampleStore
 
 _STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -207,7 +208,7 @@ class PrefixCache:
         self.misses += len(missing)
         entries = [entry for entry in found if entry is not None]
         return [
-            _together(
+            batch_of(
                 [entry[i] for entry in entries], dtype, dim, None if packed else kept, packed
             ).to(tensors[0].device)
             for i, (dtype, dim, packed) in enumerate(
@@ -230,7 +231,7 @@ class PrefixCache:
                 parts.append(value.split(real[rows].sum(1).tolist(), dim))
             else:
                 cut = [None if kept is None else kept[row] for row in rows]
-                parts.append([_cut(v, dim, c) for v, c in zip(value, cut, strict=True)])
+                parts.append([real_part(v, dim, c) for v, c in zip(value, cut, strict=True)])
         return [list(entry) for entry in zip(*parts, strict=True)]
 
     def _compute(self, tensors: Sequence[Tensor], rows: list[int]) -> list[Tensor]:
@@ -279,11 +280,11 @@ class PrefixCache:
             for node, tensor in inputs:
                 part = tensor[row] if has_rows(node) and len(tensor) == count else tensor
                 if places is not None:
-                    part = _cut(part, token_dim(self._program, node), places[row])
+                    part = real_part(part, token_dim(self._program, node), places[row])
                 content.update(f"{node.name} {list(part.shape)} {part.dtype} ".encode())
-                content.update(_bytes(part))
+                content.update(bytes_of(part))
             if places is not None:
-                content.update(_bytes(places[row].nonzero()))
+                content.update(bytes_of(places[row].nonzero()))
             keys.append(f"{name} {content.hexdigest()}")
         return keys
 
@@ -308,7 +309,7 @@ class PrefixCache:
                 first, second = value, other
                 if dim is not None and not packed:
                     second = other.narrow(dim, 0, value.shape[dim])
-                    first, second = (_masked(item, dim, real) for item in (value, second))
+                    first, second = (without_padding(item, dim, real) for item in (value, second))
                 if relative_error(second, first) > bound:
                     return False
                 cut.append(first)
@@ -319,7 +320,7 @@ class PrefixCache:
                     continue
                 dim = token_dim(self._program, node)
                 if dim is not None:
-                    result, other = (_masked(item, dim, real) for item in (result, other))
+                    result, other = (without_padding(item, dim, real) for item in (result, other))
                 if relative_error(other, result) > bound:
                     return False
         return True
@@ -414,47 +415,9 @@ def _arithmetic(device: torch.device) -> str:
     return f"{device.type} autocast {torch.get_autocast_dtype(device.type)}"
 
 
-def _cut(row: Tensor, dim: int | None, real: Tensor | None) -> Tensor:
-    """Return a sample's value [...] with its real tokens only; `dim` counts the batch."""
-    if dim is None or real is None:
-        return row
-    return row.index_select(dim - 1, real.nonzero()[:, 0])
-
-
-def _masked(value: Tensor, dim: int, real: Tensor) -> Tensor:
-    """Return a batch of values with 0 at padded tokens."""
-    shape = [size if i in (0, dim) else 1 for i, size in enumerate(value.shape)]
-    return torch.where(real.view(shape), value, torch.zeros_like(value))
-
-
-def _together(
-    rows: Sequence[Tensor],
-    dtype: torch.dtype,
-    dim: int | None,
-    real: Tensor | None,
-    packed: bool,
-) -> Tensor:
-    """Return samples as one batch, tokens in their places, 0 at padded ones."""
-    if packed:
-        assert dim is not None
-        return torch.cat(list(rows), dim).to(dtype)
-    if dim is None or real is None:
-        return torch.stack(list(rows)).to(dtype)
-    shape = list(rows[0].shape)
-    shape[dim - 1] = real.shape[1]
-    batch = torch.zeros((len(rows), *shape), dtype=dtype)
-    for target, row, places in zip(batch, rows, real.cpu(), strict=True):
-        target.index_copy_(dim - 1, places.nonzero()[:, 0], row.to(dtype))
-    return batch
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def _described(name: str, tensor: Tensor) -> tuple[str, str]:
     value = whole(tensor.detach()).cpu()
-    return f"{name} {list(value.shape)} {value.dtype}", blake2b(_bytes(value)).hexdigest()
+    return f"{name} {list(value.shape)} {value.dtype}", blake2b(bytes_of(value)).hexdigest()
 
 
 def _digest(*parts: str) -> str:

@@ -6,7 +6,7 @@ after:  from the last attention on, the queries, the feed-forward layer, norms a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
@@ -22,13 +22,13 @@ from graphopt.passes.facts import total_cost
 from graphopt.passes.labelled_graph import run_labelled
 from graphopt.passes.packed_graph import is_packed
 from graphopt.passes.packing import packing_of
-from graphopt.passes.program import Program, shape_of
+from graphopt.passes.program import Program
+from graphopt.passes.program_times import compare_programs
 from graphopt.passes.propagation import refresh
 from graphopt.passes.row_places import RowPlaces, row_places
 from graphopt.passes.snapshot import copied_graph
-from graphopt.passes.structure import Container, Leaf, Structure, flatten
+from graphopt.passes.structure import Container, Leaf, Structure
 from graphopt.passes.unread import output_rows
-from graphopt.passes.verifier import preserved
 
 _TARGET = "(tokens)"
 
@@ -102,15 +102,8 @@ class DropDeadTokens(Pass):
         numeric = not any(parameter.is_meta for parameter in program.model.parameters())
         if context.costs is None or not numeric:
             return Proposal(candidates=(candidate,))
-        with preserved(program.model):
-            program.model.train(context.training)
-            shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in program.placeholders)
-            times = context.costs.measure(
-                f"{type(program.model).__name__}: {candidate.change.summary}; {before} to "
-                f"{after.flops} on {shapes} in {'training' if context.training else 'inference'}",
-                _step(program, training=context.training),
-                _step(twin, training=context.training),
-            )
+        what = f"{candidate.change.summary}: {before.flops} to {after.flops} flops"
+        times = compare_programs(context.costs, program, twin, what, training=context.training)
         if times.ratio <= 1:
             return self._refusal(f"measured {times.ratio:.2f}x, all tokens are kept")
         return Proposal(
@@ -239,26 +232,3 @@ def _output_names(program: Program) -> list[str]:
 def _is_named(item: Container) -> bool:
     keys = item.context
     return isinstance(keys, (list, tuple)) and len(keys) == len(item.children)
-
-
-def _step(program: Program, *, training: bool) -> Callable[[], Any]:
-    """Return a function that runs a program on its example once, with gradients in training."""
-    tensors, _ = flatten(program.example)
-    trained = [p for p in program.model.parameters() if p.requires_grad]
-
-    def step() -> Any:
-        with torch.set_grad_enabled(training):
-            outputs = program.run(*tensors)
-            read = [
-                value
-                for position, value in enumerate(outputs)
-                if position not in program.unread_outputs
-                and isinstance(value, torch.Tensor)
-                and value.requires_grad
-            ]
-            if not training or not read or not trained:
-                return outputs
-            ones = [torch.ones_like(value) for value in read]
-            return torch.autograd.grad(read, trained, ones, allow_unused=True)
-
-    return step
