@@ -67,8 +67,7 @@ class Ledger:
     Several ranks: the entry is made of those of all ranks, which therefore make the same steps;
     the first one writes the file.
 
-    Cost: about 5 microseconds per operator call, which are in the seconds; on CUDA, one
-    synchronisation per step.
+    Cost: that of `ExecutedFlops`, which is in the seconds; on CUDA, one synchronisation per step.
 
     Args:
         path: File of JSON lines; None keeps totals only.

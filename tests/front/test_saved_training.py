@@ -70,24 +70,24 @@ class Run:
 
 def built(path: Path) -> Run:
     torch.manual_seed(0)
-    sparse = BlockSparseLinear(BlockLayout.from_scores(torch.rand(2, 4), 0.5, 8, 2))
+    sparse = BlockSparseLinear(BlockLayout.from_scores(torch.rand(2, 8), 0.5, 8, 2))
     model = nn.Sequential(sparse, nn.Dropout(0.2), Skipping(), nn.Linear(16, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    clock = ComputeClock(model, planned_flops=5e5)
+    clock = ComputeClock(model, planned_flops=2e6)
     return Run(
         model=model,
         optimizer=optimizer,
         clock=clock,
         schedule=clock.learning_rate(optimizer),
         gate=SampleGate(SIZE, progress=lambda: clock.progress),
-        topology=BlockTopology(model, optimizer, total_steps=30, interval=3),
+        topology=BlockTopology(model, optimizer, total_steps=30, interval=3, drop_fraction=0.6),
         ledger=Ledger(path),
     )
 
 
 def trained(run: Run, steps: int) -> list[tuple[Any, ...]]:
     """Train some steps; return everything that tells one run from another."""
-    x = torch.randn(SIZE, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(SIZE, 16, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(x, x[:, :4].argmax(1))
     own = torch.Generator()
     loader = DataLoader(WithSampleIds(data), batch_size=8, sampler=run.gate, generator=own)
@@ -102,12 +102,12 @@ def trained(run: Run, steps: int) -> list[tuple[Any, ...]]:
                 run.optimizer.step()
                 entry.loss = loss
             run.gate.update(ids, losses)
-            run.topology.step()
+            moved = run.topology.step()
             run.clock.step(entry)
             run.schedule.step()
             rate = run.optimizer.param_groups[0]["lr"]
             noise = (random.random(), float(np.random.rand()))
-            found.append((entry.step, entry.loss, entry.flops, rate, ids.tolist(), noise))
+            found.append((entry.loss, entry.flops, moved, rate, ids.tolist(), noise))
             if len(found) == steps:
                 return found
 
@@ -124,6 +124,7 @@ def test_a_resumed_training_is_the_same_to_the_last_bit(tmp_path: Path, stop: in
     whole = built(tmp_path / "whole.jsonl")
     generators = random_states()
     expected = trained(whole, 20)
+    assert any(step[2] for step in expected[8:])  # blocks move after the resume, too
     restore_random_states(generators)
     stopped = built(tmp_path / "run.jsonl")
     restore_random_states(generators)
