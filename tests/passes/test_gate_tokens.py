@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,6 +28,16 @@ def gated(model: nn.Module, example: Any, **options: Any) -> nn.Module:
     return graphopt.optimize(model, example, recipe=[GateTokens(**options)], measure=False)
 
 
+@cache
+def _prepared(name: str, options: frozenset[tuple[str, Any]]) -> nn.Module:
+    return gated(deeper(name), call(name), **dict(options))
+
+
+def prepared(name: str, **options: Any) -> nn.Module:
+    """Return a gated model of three layers; the same one is made once."""
+    return copy.deepcopy(_prepared(name, frozenset(options.items())))
+
+
 def floats(result: Any) -> list[Tensor]:
     return [value for value in flatten(result)[0] if value.is_floating_point()]
 
@@ -45,8 +56,8 @@ def bound_of(model: nn.Module) -> float:
 
 
 ROUTERS = {
-    **dict.fromkeys(("bert-classifier", "distilbert", "t5", "vit", "opt"), "random"),
-    **dict.fromkeys(("roberta", "modernbert", "llama-padded", "mpt"), "learned"),
+    **dict.fromkeys(("t5", "vit", "opt"), "random"),
+    **dict.fromkeys(("distilbert", "modernbert", "mpt"), "learned"),
 }
 
 
@@ -66,7 +77,7 @@ def test_taking_all_tokens_out_and_putting_them_back_is_the_model(name: str, rou
 def test_a_causal_model_runs_blocks_on_the_chosen_tokens(shared: bool) -> None:
     """By hand: the chosen tokens keep their order and positions, the others skip the block."""
     dense, example = deeper("gpt2"), call("gpt2")
-    model = gated(dense, example, router="random" if shared else "learned")
+    model = prepared("gpt2", router="random" if shared else "learned")
     index = torch.randperm(40)[:16].sort().values[None]
     if not shared:
         index = torch.stack([torch.randperm(40)[:16].sort().values for _ in range(3)])
@@ -109,18 +120,21 @@ def test_masks_and_rotary_tables_are_taken_with_the_tokens(shared: bool) -> None
 
 def test_post_norm_encoders_carry_skipped_tokens_over_unchanged() -> None:
     dense, example = deeper("bert-classifier"), call("bert-classifier")
-    model = gated(dense, example, last=-1)
-    streams: list[Tensor] = []
-    for layer in model.get_submodule("bert.encoder.layer").children():
-        layer.register_forward_hook(lambda _, __, out: streams.append(out))
-    choose(model, torch.arange(0, 40, 2)[None])
-    model(**example)
-    assert [stream.shape[1] for stream in streams] == [40, 20, 20]
+    model = prepared("bert-classifier")
+    index = torch.arange(0, 40, 2)
+    choose(model, index[None])
+    body: Any = dense.get_submodule("bert")
+    mask = example["attention_mask"].bool()[:, None, None].expand(-1, 1, 40, 40)
+    first, middle, last = body.encoder.layer
+    x = first(body.embeddings(input_ids=example["input_ids"]), mask)
+    x = x.index_copy(1, index, middle(x[:, index], mask[:, :, index][..., index]))
+    wanted = dense.get_submodule("classifier")(body.pooler(last(x, mask)))
+    assert relative_error(model(**example).logits, wanted) <= bound_of(model)
 
 
 def test_random_gates_choose_anew_in_every_step_and_equally_on_every_rank() -> None:
-    model = gated(deeper("gpt2", 4), call("gpt2"), seed=3)
-    other = gated(deeper("gpt2", 4), call("gpt2"), seed=3)
+    model = prepared("gpt2", seed=3, last=-1)
+    other = prepared("gpt2", seed=3, last=-1)
 
     def losses(run: nn.Module, steps: range) -> list[Tensor]:
         found = []
@@ -141,7 +155,7 @@ def test_random_gates_choose_anew_in_every_step_and_equally_on_every_rank() -> N
 
 def test_the_share_of_random_gates_grows_until_all_tokens_run() -> None:
     dense, example = deeper("gpt2"), call("gpt2", 64)
-    model = gated(dense, example, keep=0.25, full_at=0.5)
+    model = prepared("gpt2", keep=0.25, full_at=0.5)
     (gate,) = gates(model)
     counts = []
     for progress in (0.0, 0.1, 0.16, 0.3):
@@ -167,13 +181,13 @@ def test_special_tokens_always_run_in_encoders() -> None:
 
 
 def test_learned_gates_start_as_the_model_and_learn() -> None:
-    dense, example = deeper("gpt2"), call("gpt2", labels=True)
-    model = gated(dense, example, router="learned")
+    dense, example = deeper("gpt2"), call("gpt2")
+    model = prepared("gpt2", router="learned")
     assert_same_outputs(model(**example).logits, dense(**example).logits)
     (gate,) = gates(model)
     gate.advance(1, 1.0)
     assert isinstance(gate, LearnedTokens)
-    model(**example).loss.backward()
+    model(**example).logits.square().mean().backward()
     assert gate.weight.grad is not None
     assert gate.weight.grad.abs().sum() > 0
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -183,7 +197,7 @@ def test_learned_gates_start_as_the_model_and_learn() -> None:
 @pytest.mark.parametrize("router", ["attention", "learned"])
 def test_gates_that_look_ahead_refuse_a_cache_and_say_what_to_do(router: str) -> None:
     example = call("gpt2")
-    model = gated(deeper("gpt2"), example, router=router).eval()
+    model = prepared("gpt2", router=router).eval()
     with pytest.raises(PlanError, match=r"use_cache=False.*router=random"):
         model.generate(example["input_ids"], max_new_tokens=2, do_sample=False)  # type: ignore[operator]
     assert model(input_ids=example["input_ids"][:, :20]).logits.shape[1] == 20
@@ -191,7 +205,7 @@ def test_gates_that_look_ahead_refuse_a_cache_and_say_what_to_do(router: str) ->
 
 def test_random_gates_decode_as_the_plain_model() -> None:
     dense, example = deeper("gpt2").eval(), call("gpt2")
-    model = gated(dense, example)
+    model = prepared("gpt2").eval()
     options = {"max_new_tokens": 3, "do_sample": False}
     found = model.generate(example["input_ids"], **options)  # type: ignore[operator]
     wanted = dense.generate(example["input_ids"], **options)  # type: ignore[operator]
@@ -233,14 +247,14 @@ def test_operations_shrink_with_the_tokens() -> None:
 
 
 def test_checkpointing_repeats_the_choice() -> None:
-    example = call("gpt2", labels=True)
-    model = gated(deeper("gpt2"), example)
+    example = call("gpt2")
+    model = prepared("gpt2")
     again = copy.deepcopy(model)
-    model(**example).loss.backward()
-    inputs = (example["input_ids"], example["labels"])
-    checkpoint(
-        lambda ids, labels: again(input_ids=ids, labels=labels).loss, *inputs, use_reentrant=False
-    ).backward()
+    model(**example).logits.square().mean().backward()
+    logits = checkpoint(
+        lambda ids: again(input_ids=ids).logits, example["input_ids"], use_reentrant=False
+    )
+    logits.square().mean().backward()
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
         assert one.grad is not None
         assert two.grad is not None
@@ -250,7 +264,7 @@ def test_checkpointing_repeats_the_choice() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 def test_gated_models_compile_and_run_in_bfloat16() -> None:
     example = call("gpt2")
-    model = gated(deeper("gpt2"), example)
+    model = prepared("gpt2")
     for gate in gates(model):
         gate.advance(0, 0.0)
     compiled = torch.compile(model, backend="eager")
