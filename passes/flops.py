@@ -16,6 +16,8 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from graphopt.kernels.packed_attention import packed_attention, sample_starts
+
 from .axis_flow import arguments_of, operator_name, tensor_nodes, tensors_of
 from .program import hint, shape_of
 
@@ -49,6 +51,8 @@ _FORMULAS: dict[str, Formula] = {}
 
 def operator_flops(node: fx.Node) -> OperatorFlops:
     """Return what a `call_function` node costs at the example's sizes."""
+    if node.target is packed_attention:
+        return _packed_attention(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return OperatorFlops()
     name = operator_name(node)
@@ -180,6 +184,16 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> OperatorFlops:
     head_dims = shape_of(query)[-1] + shape_of(value)[-1]
     rows = _size(query) // shape_of(query)[-1]
     flops = 2 * rows * shape_of(key)[-2] * head_dims
+    return OperatorFlops(flops, (((query, key, value), flops * 5 // 2),))
+
+
+def _packed_attention(node: fx.Node) -> OperatorFlops:
+    """Attention within samples of the mean length; see `_attention` for the backward pass."""
+    query, key, value, *_ = tensor_nodes(node)
+    starts = next(item for item in node.all_input_nodes if item.target is sample_starts)
+    _, heads, rows, width = shape_of(query)
+    samples = shape_of(starts)[0] - 1
+    flops = 2 * heads * rows * rows * (width + shape_of(value)[-1]) // samples
     return OperatorFlops(flops, (((query, key, value), flops * 5 // 2),))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.kernels.packed_attention import packed_attention, sample_starts
 from graphopt.kernels.packed_rows import (
     pack_rows,
     pack_samples,
@@ -18,13 +19,13 @@ from graphopt.kernels.packed_rows import (
 )
 
 from .axis_flow import arguments_of, operator_name, tensor_nodes
-from .packing import Packing, entry_kind, sample_token_dim, size_argument
+from .packing import Packing, entry_kind, packed_operands, sample_token_dim, size_argument
 from .program import Program, shape_of
 from .propagation import note_rows
+from .row_mixing import filled
 from .row_places import Place
 
 _SYM_SIZE = torch.ops.aten.sym_size.int
-_WHOLE = ("slice", "narrow")
 
 
 def run_packed(
@@ -84,6 +85,10 @@ class _Rewriting:
             self._count = self._graph.call_function(_SYM_SIZE, (self._index, 0))
         self._count.meta = {**scope, "val": self._index.meta["val"].shape[0]}
         self._begin = self._count
+        if packing.attentions:
+            with self._graph.inserting_after(self._count):
+                self._begin = self._graph.call_function(sample_starts, (mask, marks_real))
+            self._begin.meta = dict(scope)
 
     def run(self) -> None:
         """Rewrite node after node."""
@@ -97,7 +102,7 @@ class _Rewriting:
         }
         for node in self._packing.nodes:
             self._resize(node)
-            for source in tensor_nodes(node):
+            for source in packed_operands(node):
                 if (source, node) in kinds:
                     kind = kinds[source, node]
                     assert kind is not None
@@ -105,7 +110,9 @@ class _Rewriting:
         for node, users in readers.items():
             if users:
                 self._put_back(node, users)
-        self._skip_whole_slices()
+        self._skip_whole()
+        for node, ordered in self._packing.attentions.items():
+            self._attend(node, ordered)
 
     def _taken(self, source: fx.Node, node: fx.Node, kind: str) -> fx.Node:
         """Return the packed value of an operand from outside."""
@@ -143,6 +150,12 @@ class _Rewriting:
         _scoped(new, node)
         for user in users:
             user.replace_input_with(node, new)
+
+    def _attend(self, node: fx.Node, ordered: bool) -> None:
+        """Let an attention run among the real tokens of each sample."""
+        arguments = (*arguments_of(node).values(), self._index, self._begin, self._mask, ordered)
+        node.target = packed_attention
+        node.args, node.kwargs = arguments, {}
 
     def _place(self, node: fx.Node) -> Place:
         place = self._places.place(node)
@@ -183,15 +196,18 @@ class _Rewriting:
             new = self._graph.call_function(operator.mul, (self._count, inner))
         return _scoped(new, node)
 
-    def _skip_whole_slices(self) -> None:
-        """A slice that keeps all tokens, or all samples, may name their number: leave it out."""
+    def _skip_whole(self) -> None:
+        """Leave out what changes nothing but may name the number of tokens or samples.
+
+        A slice that keeps all of them, and a join with something empty (an empty cache).
+        """
         for node in self._packing.nodes:
-            if node.op != "call_function" or operator_name(node) not in _WHOLE:
+            if node.op != "call_function" or operator_name(node) not in ("slice", "narrow", "cat"):
                 continue
-            place = self._place(node)
-            rank = len(shape_of(node))
-            if arguments_of(node)["dim"] % rank in (place.batch, place.token):
-                node.replace_all_uses_with(tensor_nodes(node)[0])
+            place, arguments = self._place(node), arguments_of(node)
+            if arguments["dim"] % len(shape_of(node)) in (place.batch, place.token):
+                (source,) = filled(arguments.get("tensors", tensor_nodes(node)[:1]))
+                node.replace_all_uses_with(source)
                 self._graph.erase_node(node)
 
 

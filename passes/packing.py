@@ -7,8 +7,9 @@ border stay outside, so that what is put back or taken out lies as the layers wr
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,11 +18,13 @@ from torch import fx
 from .axis_flow import arguments_of, operator_name, tensor_nodes, tensors_of
 from .facts import facts_of
 from .program import Program, shape_of
+from .row_mixing import filled
 from .row_places import Place, RowPlaces
 
 Kind = Literal["rows", "table", "samples"]
 """What an operand from outside has: samples and tokens, only tokens, or only samples."""
 
+_ATTENTION = "scaled_dot_product_attention"
 _UNSIZED = ("squeeze", "view_as_complex", "unfold")
 """Operators whose result has other dimensions where there is one sample."""
 
@@ -33,24 +36,42 @@ class Packing:
     Attributes:
         places: Where rows lie.
         nodes: The packed nodes in graph order.
-        flops: Forward operations of those at the example's sizes.
+        attentions: Those of them that are attentions: whether they hide later tokens too.
+        flops: Forward operations of those that work on every token alone, at the example's sizes.
+        attention_flops: Forward operations of the attentions.
     """
 
     places: RowPlaces
     nodes: tuple[fx.Node, ...]
+    attentions: Mapping[fx.Node, bool]
     flops: int
+    attention_flops: int
 
     def entries(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Yield every operand with rows that comes from outside, with the packed node."""
         inside = set(self.nodes)
         for node in self.nodes:
-            for source in tensor_nodes(node):
+            for source in packed_operands(node):
                 if source not in inside and self.places.has_rows(source):
                     yield source, node
 
 
+def packed_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the operands of a packed node that are packed.
+
+    An attention keeps its mask, and what a join puts before or after a value is empty.
+    """
+    operands = tensor_nodes(node)
+    if operator_name(node) == _ATTENTION:
+        return operands[:3]
+    return filled(operands) if operator_name(node) == "cat" else operands
+
+
 def packing_of(
-    program: Program, places: RowPlaces, within: Collection[fx.Node] | None = None
+    program: Program,
+    places: RowPlaces,
+    within: Collection[fx.Node] | None = None,
+    attentions: Mapping[fx.Node, bool] = MappingProxyType({}),
 ) -> Packing:
     """Choose the nodes of a program that run on real tokens only; none if that brings nothing.
 
@@ -58,8 +79,9 @@ def packing_of(
         program: The program.
         places: Where its rows lie.
         within: The nodes to choose from; None for all.
+        attentions: Attentions that hide padding only (False), or later tokens too (True).
     """
-    choice = _Choice(program, places)
+    choice = _Choice(program, places, attentions)
     if within is not None:
         choice.inside.intersection_update(within)
     choice.refuse()
@@ -68,8 +90,10 @@ def packing_of(
     choice.refuse()
     choice.keep_working()
     nodes = tuple(node for node in program.graph.nodes if node in choice.inside)
-    facts = facts_of(program)
-    return Packing(places, nodes, sum(facts.nodes[node].forward_flops for node in nodes))
+    costs = {node: facts_of(program).nodes[node].forward_flops for node in nodes}
+    packed = {node: kind for node, kind in attentions.items() if node in costs}
+    attention_flops = sum(costs[node] for node in packed)
+    return Packing(places, nodes, packed, sum(costs.values()) - attention_flops, attention_flops)
 
 
 def entry_kind(places: RowPlaces, source: fx.Node, user: fx.Node) -> Kind | None:
@@ -118,9 +142,12 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 
 class _Choice:
-    def __init__(self, program: Program, places: RowPlaces) -> None:
+    def __init__(
+        self, program: Program, places: RowPlaces, attentions: Mapping[fx.Node, bool]
+    ) -> None:
         self._program = program
         self._places = places
+        self.attentions = attentions
         self._facts = facts_of(program)
         self.inside: set[fx.Node] = set()
         for node in program.graph.nodes:
@@ -131,6 +158,8 @@ class _Choice:
         place = self._places.place(node)
         if place is None or place.batch is None or place.token is None:
             return False
+        if node in self.attentions:
+            return all(self._is_headed(item) for item in (*packed_operands(node), node))
         if not self._places.rowwise(node):
             return False
         values = tensors_of(node.meta["val"])
@@ -144,6 +173,11 @@ class _Choice:
             return all(len(source.users) == 1 for source in tensor_nodes(node)[:1])
         return True
 
+    def _is_headed(self, node: fx.Node) -> bool:
+        """Say whether a value is [batch, head, token, width]."""
+        place = self._places.place(node)
+        return place == Place(0, 2) and is_plain(self._places, node, place)
+
     def refuse(self) -> None:
         """Take out what has operands that cannot be packed, or results that cannot be put back."""
         while refused := [node for node in self.inside if not self._crosses_well(node)]:
@@ -151,9 +185,11 @@ class _Choice:
                 self.inside.difference_update(self._unit(node))
 
     def _crosses_well(self, node: fx.Node) -> bool:
-        for source in tensor_nodes(node):
+        for source in packed_operands(node):
             if source in self.inside or not self._places.has_rows(source):
                 continue
+            if node in self.attentions:
+                return False  # nothing is saved by packing for it
             if entry_kind(self._places, source, node) is None:
                 return False
         if all(user in self.inside for user in node.users):
@@ -181,7 +217,8 @@ class _Choice:
             part, pending = {start}, [start]
             while pending:
                 node = pending.pop()
-                for other in (*node.all_input_nodes, *node.users):
+                readers = (user for user in node.users if node in packed_operands(user))
+                for other in (*packed_operands(node), *readers):
                     if other in self.inside and other not in part:
                         part.add(other)
                         pending.append(other)

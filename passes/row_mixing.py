@@ -6,7 +6,7 @@ Along all other dimensions an element of the result depends only on elements at 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,20 @@ def _range(node: fx.Node, a: Arguments) -> Mixed | None:
 
 @_rule("cat", "concat", "concatenate")
 def _join(node: fx.Node, a: Arguments) -> Mixed | None:
-    """Put tensors one after the other along a dimension."""
+    """Put tensors one after the other along a dimension; nothing after one changes nothing."""
     dim = a["dim"] % value_of(node).dim()
+    if len(filled(a["tensors"])) == 1:
+        return {}
     return {item: frozenset({dim}) for item in a["tensors"]}
+
+
+def filled(tensors: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return those of some tensors that are not empty at every size."""
+    return [item for item in tensors if not any(size == 0 for size in _static(item))]
+
+
+def _static(node: fx.Node) -> list[int]:
+    return [size for size in value_of(node).shape if isinstance(size, int)]
 
 
 @_rule("constant_pad_nd", "pad")

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import fx, nn
 
+from graphopt.passes.attention_masks import padding_attentions
 from graphopt.passes.base import Candidate, Change, Context, Cost, Miss, Pass, Proposal, State
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import ConfigError, PlanError
@@ -88,7 +89,7 @@ class PackTokens(Pass):
                 "pass a padding mask in the example, or name it with the option mask"
             )
         packing = _packing(program, name)
-        if packing is None or not packing.nodes:
+        if packing is None:
             return self._refusal(f"nothing works on every token of {name} alone")
         numeric = not any(parameter.is_meta for parameter in program.model.parameters())
         if numeric:
@@ -116,6 +117,7 @@ class PackTokens(Pass):
             else "the example has no padding, so nothing was measured"
         )
         before = total_cost(program)
+        saved = packing.flops * (1 - share) + packing.attention_flops * (1 - share**2)
         candidate = Candidate(
             change=Change(
                 pass_name=self.name,
@@ -124,7 +126,7 @@ class PackTokens(Pass):
                 details=details.model_dump(mode="json"),
             ),
             before=before,
-            after=replace(before, flops=before.flops - round(packing.flops * (1 - share))),
+            after=replace(before, flops=before.flops - round(saved)),
             predicted_error=0.0,
         )
         if context.costs is not None and rows < positions:
@@ -169,7 +171,7 @@ class PackTokens(Pass):
         if refusal is not None:
             raise PlanError(f"{refusal}; is this plan for another model?")
         packing = _packing(program, details.mask)
-        if packing is None or not packing.nodes or is_packed(program):
+        if packing is None or is_packed(program):
             raise PlanError(f"nothing of this model can be packed by its input {details.mask!r}")
         mask = _input(program, details.mask)
         rows, _ = _count(program, details.mask)
@@ -201,8 +203,12 @@ def _mask_refusal(program: Program, name: str) -> str | None:
 
 
 def _packing(program: Program, name: str) -> Packing | None:
+    """Return what runs on real tokens, None if that is nothing."""
     places = row_places(program, name)
-    return None if places is None else packing_of(program, places)
+    if places is None:
+        return None
+    packing = packing_of(program, places, attentions=padding_attentions(program, name))
+    return packing if packing.nodes else None
 
 
 def _count(program: Program, name: str) -> tuple[int, int]:

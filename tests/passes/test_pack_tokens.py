@@ -248,9 +248,9 @@ def test_costs_follow_the_real_tokens_and_an_unpadded_example_is_kept_and_says_s
         (change,) = plan.changes
         unpadded = "no padding, so nothing was measured" in change.summary
         assert unpadded == (lengths == (8, 8, 8))
-        assert change.after.flops == total_cost(program).flops
+        assert change.after.flops == pytest.approx(total_cost(program).flops, rel=1e-3)
     assert shares[8, 8, 8] == 1
-    assert 0.5 < shares[8, 2, 2] < 0.6  # half of the tokens, and attention in full
+    assert 0.45 < shares[8, 2, 2] < 0.5  # half of the tokens, and a quarter of attention
 
 
 class SlowCosts(Costs):
