@@ -119,7 +119,7 @@ def _convolution_backward(
     """Two products of the size of the forward one; torch's formula overlooks groups."""
     transposed, wanted = options[4], options[7]
     meets: Tensor = source if transposed else gradient
-    return 2 * meets.numel() * prod(weight.shape[1:]) * (wanted[0] + wanted[1])
+    return 2 * meets.numel() * prod(weight.shape[1:]) * sum(map(bool, wanted[:2]))
 
 
 def _recurrent(source: Tensor, inner: Tensor, hidden: Tensor, *_: Any, **__: Any) -> int:
