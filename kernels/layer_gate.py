@@ -101,8 +101,6 @@ class _WithoutBlock(torch.autograd.Function):
 
 def _trained(sources: Iterable[object]) -> list[nn.Parameter]:
     """Return the parameters that want a gradient, each once."""
-    if not torch.is_grad_enabled():
-        return []
     found: dict[int, nn.Parameter] = {}
     for source in sources:
         for parameter in source.parameters() if isinstance(source, nn.Module) else [source]:

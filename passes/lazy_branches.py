@@ -31,7 +31,7 @@ def make_lazy(node: fx.Node) -> None:
 def only_for(value: fx.Node, entry: fx.Node, reader: fx.Node | None = None) -> list[fx.Node]:
     """Return the nodes that nothing but one value needs, in graph order.
 
-    Left out: `entry` and what that needs, and inputs of the graph.
+    Left out: `entry`, and with it what that needs, and inputs of the graph.
 
     Args:
         value: The value.
@@ -39,11 +39,10 @@ def only_for(value: fx.Node, entry: fx.Node, reader: fx.Node | None = None) -> l
         reader: Who reads the value: the value is then among the nodes, and if it has other readers,
             there are none.
     """
-    before = _needed_for(entry)
     found: set[fx.Node] = set()
     last = value if reader is None else reader
     for node in reversed(_needed_for(value)):
-        if node.op == "placeholder" or node in before or node is last:
+        if node.op == "placeholder" or node in (entry, last):
             continue
         if all(user in found or user is last for user in node.users):
             found.add(node)
