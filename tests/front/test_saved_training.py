@@ -117,14 +117,14 @@ def without_times(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("stop", [1, 8, 15])
+@pytest.mark.parametrize("stop", [1, 5, 15])
 def test_a_resumed_training_is_the_same_to_the_last_bit(tmp_path: Path, stop: int) -> None:
     random.seed(0)
     np.random.seed(0)
     whole = built(tmp_path / "whole.jsonl")
     generators = random_states()
     expected = trained(whole, 20)
-    assert any(step[2] for step in expected[8:])  # blocks move after the resume, too
+    assert any(step[2] for step in expected[5:])  # blocks move after the resume, too
     restore_random_states(generators)
     stopped = built(tmp_path / "run.jsonl")
     restore_random_states(generators)
