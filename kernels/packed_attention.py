@@ -74,15 +74,19 @@ def packed_attention(
         return _variable_length(query, key, value, starts, mask.shape[1], ordered, options)
     if type(starts) is Tensor and not query.is_cuda and not _is_traced():
         return _sample_by_sample(query, key, value, starts.tolist(), ordered, options)
-    padded = (unpack_rows(x, index, mask, 0, 2) for x in (query, key, value))
     result = functional.scaled_dot_product_attention(
-        *padded, attn_mask=attn_mask, is_causal=is_causal, **options
+        unpack_rows(query, index, mask, 0, 2),
+        unpack_rows(key, index, mask, 0, 2),
+        unpack_rows(value, index, mask, 0, 2),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        **options,
     )
     return pack_rows(result, index, 0, 2)
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
 def _has_variable_lengths(query: Tensor, dropout_p: float) -> bool:
@@ -112,10 +116,16 @@ def _variable_length(
     heads = query.shape[1]
     if options["enable_gqa"]:  # repeated here: older versions of the kernel want equal counts
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
-    rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    window = (-1, 0) if ordered else (-1, -1)
     result = varlen_attn(
-        *rows, starts, starts, longest, longest, scale=options["scale"], window_size=window
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=options["scale"],
+        window_size=(-1, 0) if ordered else (-1, -1),
     )
     assert isinstance(result, Tensor)
     return result.transpose(0, 1).unsqueeze(0)

@@ -51,9 +51,11 @@ def test_every_form_is_the_padded_attention_with_its_gradients(
     shown = mask.bool()[:, None, None, :].expand(-1, 1, tokens, tokens)
     if ordered:
         shown = shown & torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    rows = [pack_rows(value, index, 0, 2) for value in inputs]
-    actual = packed_attention(*rows, shown, 0.0, False, None, True, index, starts, mask, ordered)
-    expected = pack_rows(padded(*inputs, mask, ordered), index, 0, 2)
+    query, key, value = (pack_rows(item, index, 0, 2) for item in inputs)
+    actual = packed_attention(
+        query, key, value, shown, 0.0, False, None, True, index, starts, mask, ordered
+    )
+    expected = pack_rows(padded(inputs[0], inputs[1], inputs[2], mask, ordered), index, 0, 2)
     assert actual.shape == (1, 4, int(mask.sum()), 8)
     assert (actual - expected).abs().max() <= BOUND
     weights = torch.randn(actual.shape, generator=generator, dtype=torch.float64)
