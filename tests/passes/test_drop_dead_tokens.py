@@ -169,6 +169,32 @@ def test_a_decoder_that_keeps_some_logits(keep: int) -> None:
         )
 
 
+class Causal(nn.Module):
+    """A residual layer whose attention says that it is causal instead of passing a mask."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+        self.projections = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.feed_forward = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, features: Tensor) -> Tensor:
+        q, k, v = (p(features).unflatten(-1, (4, 8)).transpose(1, 2) for p in self.projections[:3])
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        hidden = features + self.projections[3](mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + self.feed_forward(hidden)
+        return hidden[:, -self.last :]
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_causal_flag_becomes_the_mask_of_the_last_queries(last: int) -> None:
+    model = Causal(last).eval()
+    program, before = changed(model, (torch.randn(3, 9, 32),))
+    assert total_cost(program).flops < 0.7 * before
+    features = torch.randn(2, 12, 32)
+    assert_same_outputs(program(features), model(features), bound=rounding_bound(program))
+
+
 def test_it_goes_before_packing() -> None:
     inputs = call("bert-classifier", 4, 9)
     program, _ = changed(build("bert-classifier"), inputs, "drop-dead-tokens,pack-tokens")
