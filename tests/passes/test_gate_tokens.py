@@ -121,6 +121,10 @@ def test_masks_and_rotary_tables_are_taken_with_the_tokens(shared: bool) -> None
 def test_post_norm_encoders_carry_skipped_tokens_over_unchanged() -> None:
     dense, example = deeper("bert-classifier"), call("bert-classifier")
     model = prepared("bert-classifier")
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" in name:  # fresh norms are alike, so it would not matter which one is used
+            parameter.data.normal_()
+    dense.load_state_dict(model.state_dict())
     index = torch.arange(0, 40, 2)
     choose(model, index[None])
     body: Any = dense.get_submodule("bert")
