@@ -126,7 +126,8 @@ def test_plan_and_dry_run_agree_and_write_nothing(source: Path, tmp_path: Path) 
 
 def test_plan_needs_no_weights(source: Path, tmp_path: Path) -> None:
     shutil.copy(source / "config.json", tmp_path)
-    options = ("--budget", "60%", "--no-measure", *SIZES)
+    # What padding an example has is among its values, so packing is left out.
+    options = ("--recipe", "prune-channels", "--budget", "60%", "--no-measure", *SIZES)
     real, meta = (
         printed_json("plan", path, *extra, *options)
         for path, extra in ((source, ()), (tmp_path, ("--meta",)))
@@ -210,7 +211,9 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     assert isinstance(data["passes"], list)
     names = {entry["name"] for entry in data["passes"]}
     compressing = {"factorize-low-rank", "prune-channels", "sparsify-blocks"}
-    assert names == compressing | {"fold-batch-norm", "fuse-projections"}
+    folding = {"fold-batch-norm", "fuse-projections"}
+    allocating = {"pack-tokens", "drop-dead-tokens", "hoist-frozen-prefix"}
+    assert names == compressing | folding | allocating | {"gate-tokens", "gate-layers"}
     assert isinstance(data["recipes"], dict)
     assert set(data["recipes"]) == {"deploy", "exact", "train"}
     assert "round_to = 8" in run("passes").stdout
