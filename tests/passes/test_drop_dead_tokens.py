@@ -182,8 +182,8 @@ class Causal(nn.Module):
         q, k, v = (p(features).unflatten(-1, (4, 8)).transpose(1, 2) for p in self.projections[:3])
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         hidden = features + self.projections[3](mixed.transpose(1, 2).flatten(2))
-        hidden = hidden + self.feed_forward(hidden)
-        return hidden[:, -self.last :]
+        result: Tensor = hidden + self.feed_forward(hidden)
+        return result[:, -self.last :]
 
 
 @pytest.mark.parametrize("last", [1, 3])
