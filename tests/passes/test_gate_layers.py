@@ -194,9 +194,9 @@ def test_training_ends_as_the_plain_model() -> None:
 
 
 def test_gates_of_one_seed_draw_different_numbers(stack: Program) -> None:
-    proposal = GateLayers(seed=3).propose(stack, TRAINING)
+    proposal = GateLayers(seed=3, plateau=0.25).propose(stack, TRAINING)
     details = [candidate.change.details for candidate in proposal.candidates]
-    assert [one["seed"] for one in details] == [3, 3, 3]
+    assert [(one["seed"], one["plateau"]) for one in details] == [(3, 0.25)] * 3
     assert len({one["number"] for one in details}) == 3
 
 
@@ -438,6 +438,13 @@ def test_both_forms_export(step: GateLayers, tmp_path: Path) -> None:
     model = graphopt.optimize(Stack(), (X,), recipe=[step])
     report = graphopt.export_onnx(model, tmp_path / "model.onnx", (X,))
     assert report.verification.failure is None
+
+
+def test_parameters_with_a_second_name_are_not_removed() -> None:
+    model = Stack(2)
+    model.other = blocks_of(model)[1].up
+    found = reasons(model, (X,), GateLayers(remove=2), Context())
+    assert found == ["other.bias is tied to blocks.1.up.bias"]
 
 
 def test_the_meta_device_has_no_influences() -> None:
