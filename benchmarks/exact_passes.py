@@ -120,12 +120,14 @@ def _row(pass_name: str, name: str, eager: nn.Module, batch: Batch, budget: floa
         len(changes),
         "; ".join(row.reason for row in changes),
         *errors,
-        *flops,
-        *(round(statistics.median(values), 2) for values in times),
-        round(ratio, 3),
-        round(saved_flops, 3),
-        round(saved_time, 3),
-        round(saved_time / saved_flops, 3),
+        eager_flops=flops[0],
+        pass_flops=flops[1],
+        eager_ms=round(statistics.median(times[0]), 2),
+        pass_ms=round(statistics.median(times[1]), 2),
+        ratio=round(ratio, 3),
+        saved_flops=round(saved_flops, 3),
+        saved_time=round(saved_time, 3),
+        time_per_flop_saved=round(saved_time / saved_flops, 3),
     )
 
 
@@ -146,7 +148,7 @@ def _cached_step(cache: PrefixCache, model: nn.Module, batch: Batch) -> None:
 def _flops(run: Step, model: nn.Module, batch: Batch) -> int:
     with ExecutedFlops() as executed:
         run(model, batch)
-    return executed.flops
+    return int(executed.flops)
 
 
 def _errors(eager: nn.Module, optimized: nn.Module, batch: Batch) -> tuple[float, float, float]:

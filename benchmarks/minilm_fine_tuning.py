@@ -102,9 +102,7 @@ def main(
     torch.set_float32_matmul_precision(precision)
     batches = list(_batches(data, model, steps, grouped=grouped))
     eager = _trainee(_classifier(model))
-    optimized = _trainee(
-        graphopt.optimize(_classifier(model), batches[0], recipe=recipe)  # type: ignore[arg-type]
-    )
+    optimized = _trainee(graphopt.optimize(_classifier(model), batches[0], recipe=recipe))
     other = _trainee(_nudged(_classifier(model))) if control else None
     for number, batch in enumerate(batches):
         order = (eager, optimized) if number % 2 == 0 else (optimized, eager)

@@ -30,7 +30,7 @@ from graphopt.passes.structure import flatten
 from graphopt.passes.unread import output_rows
 from graphopt.passes.verifier import preserved
 
-_TARGET = "(tokens)"
+_TARGET = "(padding)"
 
 
 class _Packed(Details):

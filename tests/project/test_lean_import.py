@@ -3,7 +3,16 @@
 import subprocess
 import sys
 
-HEAVY = ("triton", "onnx", "onnxscript", "onnxruntime", "transformers", "mlflow", "scipy")
+HEAVY = (
+    "triton",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "transformers",
+    "lightning",
+    "mlflow",
+    "scipy",
+)
 
 
 def test_import_loads_nothing_heavy() -> None:
