@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import find_case
 
 from graphopt.capture import capture
 from graphopt.passes.base import set_tensor
@@ -168,3 +169,11 @@ def test_the_rounding_bound_covers_rounding_and_no_more() -> None:
     with torch.no_grad():
         error = relative_error(model(x), model.double()(x.double()))
     assert error < rounding_bound(current) < 1e4 * error
+
+
+def test_numbers_among_the_results_are_no_tensors_to_compare() -> None:
+    case = find_case("gemma3")  # beyond its window its cache returns the length as a number
+    args, kwargs = case.call(2, 40, labels=False)
+    current = capture(case.build(), kwargs or args)
+    assert any(not isinstance(value, Tensor) for value in current.run(*current.few_rows()))
+    assert Verifier(current).eager_refusal() is None
