@@ -81,8 +81,6 @@ def _rows(
     )
     layers = [module for module in sparse.modules() if isinstance(module, BlockSparseLinear)]
     result = bench(dense, sparse, example=example, repeats=repeats, training=True)
-    assert result.dense_flops is not None
-    assert result.optimized_flops is not None
     batch, length = example["input_ids"].shape
     rows = [
         Row(

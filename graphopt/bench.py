@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from graphopt.passes.calls import expand_arguments, signature_of
-from graphopt.passes.errors import CaptureError, ConfigError, ExportError, GraphoptError
-from graphopt.passes.facts import total_cost
+from graphopt.passes.errors import ConfigError, ExportError, GraphoptError
 from graphopt.passes.structure import flatten, map_tensors, tensor_names
 from graphopt.passes.verifier import preserved
 
 from .bench_result import BenchResult, BenchRow
-from .capture import capture
 from .environment import environment
 from .export import export_onnx
 from .onnx_runtime import arguments_for, session
+from .training.executed_flops import ExecutedFlops
 
 _PRECISIONS = ("highest", "medium")
 _SHORTEST_TURN_S = 0.01
@@ -81,7 +80,7 @@ def bench(
                 rows.append(_onnx_row(models, arguments, repeats))
             except GraphoptError as error:
                 notes.append(f"not measured in ONNX Runtime: {error}")
-        flops = [_flops(model, arguments, notes) for model in models]
+        flops = [_flops(model, arguments) for model in models]
         return BenchResult(
             rows=tuple(rows),
             inputs={
@@ -281,12 +280,13 @@ def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model if here else copy.deepcopy(model).to(device)
 
 
-def _flops(model: nn.Module, arguments: dict[str, Any], notes: list[str]) -> int | None:
-    try:
-        return total_cost(capture(model, arguments)).flops
-    except CaptureError as error:
-        notes.append(f"FLOPs of {type(model).__name__} not counted: {error}")
-        return None
+def _flops(model: nn.Module, arguments: dict[str, Any]) -> int:
+    """Count what one inference executes: packed rows and gated tokens are known only then."""
+    args, kwargs = expand_arguments(signature_of(model), arguments)
+    model.eval()
+    with torch.no_grad(), ExecutedFlops() as executed:
+        model(*args, **kwargs)
+    return int(executed.flops)
 
 
 def _dtypes(model: nn.Module) -> str:

@@ -54,7 +54,7 @@ class BenchResult:
         inputs: Names and shapes of the inputs.
         dense_dtype: Types of the dense model's parameters.
         optimized_dtype: Types of the optimized model's parameters.
-        dense_flops: Operations of a forward pass; None where it could not be counted.
+        dense_flops: Operations that an inference on the example executes.
         optimized_flops: The same for the optimized model.
         environment: Where it was measured.
         notes: What was not measured, and why.
@@ -64,8 +64,8 @@ class BenchResult:
     inputs: Mapping[str, tuple[int, ...]]
     dense_dtype: str
     optimized_dtype: str
-    dense_flops: int | None
-    optimized_flops: int | None
+    dense_flops: int
+    optimized_flops: int
     environment: Environment
     notes: tuple[str, ...]
 

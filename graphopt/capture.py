@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphopt.passes.axis_flow import tensors_of
 from graphopt.passes.calls import (
     canonical_arguments,
     example_arguments,
@@ -82,6 +83,7 @@ def _trace_rows(model: nn.Module, arguments: dict[str, Any]) -> Program:
 def _trace_program(model: nn.Module, arguments: dict[str, Any]) -> Program:
     result, notes = _trace(model, arguments)
     graph = lift(result, model)
+    _refuse_sizes_from_values(graph)
     remember(graph, model)
     return Program(
         model,
@@ -92,6 +94,21 @@ def _trace_program(model: nn.Module, arguments: dict[str, Any]) -> Program:
         notes=(*notes, *result.static),
         ranges=result.ranges,
     )
+
+
+def _refuse_sizes_from_values(graph: fx.Graph) -> None:
+    """Refuse what no analysis can count: sizes known only when the values are.
+
+    Raises:
+        CaptureError: naming the operation.
+    """
+    for node in graph.nodes:
+        for value in tensors_of(node.meta.get("val")):
+            if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in value.shape):
+                raise CaptureError(
+                    f"the shape of {node.name} depends on the values of the inputs, not on their "
+                    "shapes alone"
+                )
 
 
 def _trace(model: nn.Module, arguments: dict[str, Any]) -> tuple[Trace, list[str]]:

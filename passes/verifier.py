@@ -113,11 +113,11 @@ class Verifier:
             if len(eager) != sum(is_tensor):
                 return "the original forward gives another result over the rewritten modules"
             rest = iter(eager)
-            eager = [next(rest) if tensor else None for tensor in is_tensor]
+            aligned = [next(rest) if tensor else None for tensor in is_tensor]
             graph = read_part(program, tensors, values)
-            eager = read_part(program, tensors, eager)
+            references = read_part(program, tensors, aligned)
             bound = rounding_bound(program)
-            for value, reference, tensor in zip(graph, eager, is_tensor, strict=True):
+            for value, reference, tensor in zip(graph, references, is_tensor, strict=True):
                 if not tensor:
                     continue
                 if value.shape != reference.shape or relative_error(value, reference) > bound:

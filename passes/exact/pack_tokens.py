@@ -6,11 +6,9 @@ after:  the same on [1, real token, width]; attention gets its rows back, with z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
-import torch
 from pydantic import Field
 from torch import fx, nn
 
@@ -24,11 +22,11 @@ from graphopt.passes.packing import Packing, packing_of
 from graphopt.passes.padding import marks_real, padding_input, real_tokens
 from graphopt.passes.padding_proof import output_that_reads_padding
 from graphopt.passes.program import Program, shape_of
+from graphopt.passes.program_times import compare_programs
 from graphopt.passes.row_places import row_places
 from graphopt.passes.snapshot import copied_graph
 from graphopt.passes.structure import flatten
 from graphopt.passes.unread import output_rows
-from graphopt.passes.verifier import preserved
 
 _TARGET = "(padding)"
 
@@ -142,13 +140,14 @@ class PackTokens(Pass):
         twin.graph = copied_graph(program.graph)
         twin.changed()
         self.apply(twin, candidate.change)
-        with preserved(program.model):
-            program.model.train(context.training)
-            times = context.costs.measure(
-                _measurement(program, candidate, training=context.training),
-                _step(program, training=context.training),
-                _step(twin, training=context.training),
-            )
+        rows, positions = _count(program, read_details(_Packed, candidate.change).mask)
+        times = compare_programs(
+            context.costs,
+            program,
+            twin,
+            f"{rows} of {positions} tokens packed",
+            training=context.training,
+        )
         timed = replace(
             candidate,
             before=_timed(candidate.before, times.dense_ms),
@@ -222,40 +221,3 @@ def _count(program: Program, name: str) -> tuple[int, int]:
 
 def _timed(cost: Cost, latency_ms: float) -> Cost:
     return replace(cost, latency_ms=latency_ms)
-
-
-def _measurement(program: Program, candidate: Candidate, *, training: bool) -> str:
-    """Return the key under which the two programs are measured."""
-    shapes = ", ".join(f"{node.name} {list(shape_of(node))}" for node in program.placeholders)
-    kind = "training step" if training else "inference"
-    return (
-        f"{type(program.model).__name__} with {candidate.before.parameters} parameters, "
-        f"{candidate.before.flops} flops packed to {candidate.after.flops} on {shapes} in a {kind}"
-    )
-
-
-def _step(program: Program, *, training: bool) -> Callable[[], Any]:
-    """Return a function that runs a program on its example once, with gradients in training."""
-    tensors, _ = flatten(program.example)
-    if not training:
-
-        def infer() -> Any:
-            with torch.no_grad():
-                return program.run(*tensors)
-
-        return infer
-    trained = [p for p in program.model.parameters() if p.requires_grad]
-
-    def step() -> Any:
-        with torch.enable_grad():
-            outputs = _differentiable(program.run(*tensors))
-            if not outputs or not trained:
-                return outputs
-            ones = [torch.ones_like(value) for value in outputs]
-            return torch.autograd.grad(outputs, trained, ones, allow_unused=True)
-
-    return step
-
-
-def _differentiable(values: Sequence[Any]) -> list[torch.Tensor]:
-    return [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]

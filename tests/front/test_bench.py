@@ -1,5 +1,6 @@
 """Timing: ratios mean what they say, models stay as they were, rows keep their origin."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphopt
 from graphopt.bench import bench
 from graphopt.bench_result import BenchResult, BenchRow
 from graphopt.environment import environment, write_csv
@@ -64,6 +66,19 @@ def test_operations_are_counted_apart_from_time(result: BenchResult) -> None:
     linear = 2 * 256 * 64 * 64
     assert (result.dense_flops, result.optimized_flops) == (40 * linear, linear)
     assert result.flops_ratio == 40
+
+
+def test_operations_that_depend_on_values_are_counted_as_they_run() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    tokens = torch.randn(3, 8, 16)
+    padding = torch.arange(8) >= torch.tensor([[8], [3], [1]])
+    example = {"src": tokens, "src_key_padding_mask": padding}
+    packed = graphopt.optimize(copy.deepcopy(layers), example, recipe="pack-tokens", measure=False)
+    found = bench(layers, packed, example=example, repeats=1, onnx=False)
+    # 12 of 24 tokens are real: half of the linear layers, and less than half of the attention.
+    assert found.optimized_flops <= found.dense_flops / 2
 
 
 def test_the_result_says_how_it_was_measured(result: BenchResult) -> None:

@@ -321,3 +321,20 @@ def test_a_model_for_one_row_is_captured_with_one() -> None:
     features = torch.randn(1, 4)
     assert program.accepts([features])
     assert torch.equal(program(features), model(features))
+
+
+class Compacting(nn.Module):
+    """Keeps the rows whose first feature is positive: nobody knows how many from shapes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: Tensor = self.linear(x[x[:, 0] > 0])
+        return kept
+
+
+def test_shapes_that_depend_on_values_are_refused() -> None:
+    with pytest.raises(CaptureError, match="depends on the values of the inputs"):
+        capture(Compacting(), torch.randn(5, 4))
