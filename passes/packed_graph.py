@@ -50,13 +50,27 @@ def run_packed(
         rows: Number of real tokens in the example: the count that costs are told for.
         select: Makes the index from the mask and `marks_real`.
     """
-    _Rewriting(program, packing, mask, marks_real, rows, select).run()
+    index = _Rewriting(program, packing, mask, marks_real, rows, select).run()
+    _let_views_copy(program.graph, index)
     program.changed()
 
 
 def is_packed(program: Program) -> bool:
     """Say whether a program runs on real tokens already."""
     return any(node.target is real_rows for node in program.graph.nodes)
+
+
+def _let_views_copy(graph: fx.Graph, source: fx.Node) -> None:
+    """Turn views of what depends on a node into reshapes.
+
+    Rows that are put back lie in memory by sample and token, whatever the order was before.
+    """
+    after = {source}
+    for node in graph.nodes:
+        if after.intersection(node.all_input_nodes):
+            after.add(node)
+            if node.target is torch.ops.aten.view.default:
+                node.target = torch.ops.aten.reshape.default
 
 
 class _Rewriting:
@@ -90,8 +104,8 @@ class _Rewriting:
                 self._begin = self._graph.call_function(sample_starts, (mask, marks_real))
             self._begin.meta = dict(scope)
 
-    def run(self) -> None:
-        """Rewrite node after node."""
+    def run(self) -> fx.Node:
+        """Rewrite node after node; return the index of real tokens."""
         readers = {
             node: [user for user in node.users if user not in self._inside]
             for node in self._packing.nodes
@@ -113,6 +127,7 @@ class _Rewriting:
         self._skip_whole()
         for node, ordered in self._packing.attentions.items():
             self._attend(node, ordered)
+        return self._index
 
     def _taken(self, source: fx.Node, node: fx.Node, kind: str) -> fx.Node:
         """Return the packed value of an operand from outside."""

@@ -23,7 +23,7 @@ from graphopt.passes.exact.pack_tokens import PackTokens
 from graphopt.passes.facts import total_cost
 from graphopt.passes.manager import PassManager
 from graphopt.passes.structure import flatten
-from graphopt.passes.verifier import relative_error
+from graphopt.passes.verifier import relative_error, rounding_bound
 from graphopt.runtime import installation_of
 
 BOUND = 1e-12
@@ -306,3 +306,27 @@ def test_a_plan_for_another_mask_is_refused() -> None:
     details = {**candidate.change.details, "mask": "input_mask"}
     with pytest.raises(PlanError, match="must name an input"):
         PackTokens().apply(program, replace(candidate.change, details=details))
+
+
+def test_what_is_put_back_may_be_viewed_in_an_order_that_was_copied_before() -> None:
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    dense = DebertaV2Model(config).eval()  # permute, contiguous, view to [batch*head, token, width]
+    real = right(2, 6, 6, 3)
+    example = {"input_ids": torch.randint(30, real.shape), "attention_mask": real.long()}
+    packed = graphopt.optimize(copy.deepcopy(dense), example, recipe="pack-tokens", measure=False)
+    installation = installation_of(packed)
+    assert installation is not None
+    assert installation.plan.changes
+    assert installation.program is not None
+    with torch.no_grad():
+        states = [model(**example).last_hidden_state[real] for model in (packed, dense)]
+    assert relative_error(*states) <= rounding_bound(installation.program)
