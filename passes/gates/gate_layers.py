@@ -122,7 +122,7 @@ class GateLayers(Pass):
     """
 
     name: ClassVar[str] = "gate-layers"
-    exact: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
 
     rate: float = 0.2
     plateau: float = 0.5
@@ -130,14 +130,13 @@ class GateLayers(Pass):
     remove: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options; removing blocks is not exact."""
+        """Check the options."""
         if not 0 <= self.rate < 1 or not 0 <= self.plateau <= 1 or self.remove < 0:
             raise ConfigError(
                 "gate-layers takes a rate from 0 to below 1, a plateau from 0 to 1 and a number of "
                 f"blocks to remove from 0 on, got rate={self.rate}, plateau={self.plateau}, "
                 f"remove={self.remove}"
             )
-        object.__setattr__(self, "exact", self.remove == 0)
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Find the blocks of every chain; gate them by depth, or score them for removal."""

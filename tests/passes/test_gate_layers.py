@@ -345,7 +345,6 @@ def weakened(*blocks: int) -> Stack:
 
 def test_the_least_influential_blocks_are_removed() -> None:
     step = GateLayers(remove=2)
-    assert not step.exact
     program, plan = changed(weakened(1, 3), (X,), step, Context())
     assert {record.change.target for record in plan.changes} == {"blocks.1", "blocks.3"}
     model = weakened(1, 3)
