@@ -22,9 +22,10 @@ from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import facts_of
 from graphopt.passes.padding import marks_real, padding_input
 from graphopt.passes.program import Program, shape_of
+from graphopt.passes.routed_graph import apply_route
 from graphopt.passes.special_tokens import read_positions, special_ids
 from graphopt.passes.token_blocks import BlockChain, TokenBlock, block_chains, token_dims
-from graphopt.passes.token_route import Route, Unroutable, apply_route, find_route
+from graphopt.passes.token_route import Route, Unroutable, find_route
 from graphopt.passes.token_scores import Unscored, check_score, insert_score, score_flops
 
 from .token_gating import HOLDER, GateDetails, Gating, Router, make_gates
