@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -72,12 +72,24 @@ class Candidate:
         after: Cost of what takes its place.
         predicted_error: Relative output error of the rewritten part: 0 for exact changes, None
             where it is not known without data.
+        loss: Estimate of what it adds to the squared relative error of the model's outputs, None
+            where nothing estimated it.
+        loss_source: How the loss was found: "data", "measured" or "weights".
+        shared: What other candidates may change too, if they share it as well (see `exclusive`).
+        exclusive: What no other candidate may claim, shared or not. Both hold names such as
+            "encoder.fc.weight structure" (sizes and values of a parameter) and
+            "encoder.fc.weight format" (how it is stored and multiplied). Candidates of one pass
+            for one target exclude each other in any case.
     """
 
     change: Change
     before: Cost
     after: Cost
     predicted_error: float | None = None
+    loss: float | None = None
+    loss_source: str = ""
+    shared: frozenset[str] = frozenset()
+    exclusive: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +165,28 @@ class Pass(ABC):
     @abstractmethod
     def propose(self, program: Program, context: Context) -> Proposal:
         """Return what could change and what could not, with reasons; touch nothing."""
+
+    def offer(self, program: Program, context: Context) -> Proposal:
+        """Return alternatives for every target, from mild to strong: what the solver chooses from.
+
+        The budget of the context plays no part. A pass that knows one form of a change only offers
+        what it proposes.
+        """
+        return self.propose(program, replace(context, budget=None))
+
+    def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
+        """Return dense parameters of the program with which it computes what the change makes.
+
+        They have the shapes of the program's own: removed units are zeros in what reads them,
+        factors are multiplied, rounded weights are the numbers they stand for. None where no
+        parameters do that.
+
+        Args:
+            program: The program without the change.
+            change: As settled.
+            state: What `transfer` returned for it.
+        """
+        return None
 
     def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
         """Return the candidate with its last details decided on the program as it is now.
