@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from graphopt.passes.base import Cost
 from graphopt.passes.budget import Budget, parse_budget
 from graphopt.passes.errors import ConfigError
