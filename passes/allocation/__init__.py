@@ -1,0 +1,1 @@
+"""Where a model's compute goes: one candidate per target, chosen together under one budget."""
