@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .calibration import bind
 from .errors import InputError
 from .program import Program
-from .structure import outside_objects
+from .structure import Structure, outside_objects
 from .unread import readable_positions
 from .verifier import preserved
 
@@ -22,34 +22,16 @@ _CHUNK = 2**22
 
 
 @dataclass(frozen=True)
-class OutputReference:
+class Output:
     """A float output of one batch.
 
     Attributes:
-        value: What the program computed [*, width].
+        value: What was computed [*, width].
         where: Where it is read, for broadcasting; None for everywhere.
     """
 
     value: Tensor
-    where: Tensor | None
-
-
-@dataclass(frozen=True)
-class BatchReference:
-    """One batch and what the program computed for it.
-
-    Attributes:
-        inputs: The program's input tensors.
-        outputs: Its float outputs that lie outside of plain objects (of caches, for instance).
-    """
-
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[OutputReference, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the outputs."""
-        return sum(item.value.nbytes for item in self.outputs)
+    where: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,15 +48,17 @@ class Deviation:
     cosine: float
 
 
-def reference(program: Program, batch: Mapping[str, Any]) -> BatchReference:
-    """Return what a program computes for a batch now, in evaluation mode.
+def observed_outputs(program: Program, batch: Mapping[str, Any]) -> list[Output]:
+    """Return the outputs of a program in evaluation mode; the model stays as it is.
 
     Raises:
         InputError: if the batch does not fit the program.
     """
-    inputs = tuple(bind(program, batch))
+    inputs = bind(program, batch)
     try:
-        values = evaluated(program, inputs)
+        with preserved(program.model), torch.no_grad():
+            program.model.eval()
+            values = program.run(*inputs)
         readable = readable_positions(program, inputs)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
@@ -83,47 +67,43 @@ def reference(program: Program, batch: Mapping[str, Any]) -> BatchReference:
             f"a batch with inputs of the sizes {shapes} does not run ({reason}); "
             "pass batches of the form of the example inputs"
         ) from error
-    outputs = [
-        OutputReference(value.cpu(), None if where is None else where.cpu())
-        for value, where, outside in zip(
-            values, readable, outside_objects(program.outputs), strict=True
-        )
-        if outside and is_compared(value)
+    return compared_outputs(values, program.outputs, readable)
+
+
+def compared_outputs(
+    values: Sequence[Any], structure: Structure, readable: Sequence[Tensor | None] | None = None
+) -> list[Output]:
+    """Return, on the CPU, the float tensors among a call's results that lie outside of caches.
+
+    Args:
+        values: The flat results.
+        structure: Their structure.
+        readable: Where each is read, None for everywhere.
+    """
+    places = [None] * len(values) if readable is None else readable
+    return [
+        Output(value.detach().cpu(), None if where is None else where.cpu())
+        for value, where, outside in zip(values, places, outside_objects(structure), strict=True)
+        if outside and isinstance(value, Tensor) and value.is_floating_point()
     ]
-    return BatchReference(inputs, tuple(outputs))
 
 
-def deviation(program: Program, references: Sequence[BatchReference]) -> Deviation:
-    """Return how far a program is from what it computed when the references were taken."""
+def deviation(pairs: Iterable[tuple[Sequence[Output], Sequence[Output]]]) -> Deviation:
+    """Return how far outputs are from what they were.
+
+    Args:
+        pairs: For each batch, the outputs now and the outputs before.
+    """
     worst = 0.0
-    cosines: dict[int, list[float]] = {}
-    for item in references:
-        values = evaluated(program, item.inputs)
-        compared = [
-            value
-            for value, outside in zip(values, outside_objects(program.outputs), strict=True)
-            if outside and is_compared(value)
-        ]
-        for index, (value, expected) in enumerate(zip(compared, item.outputs, strict=True)):
-            drift, cosine, rows = compare(value.cpu(), expected.value, expected.where)
+    cosines: dict[int, tuple[float, int]] = {}
+    for values, references in pairs:
+        for index, (value, before) in enumerate(zip(values, references, strict=True)):
+            drift, cosine, rows = compare(value.value, before.value, before.where)
             worst = max(worst, drift)
-            total = cosines.setdefault(index, [0.0, 0])
-            total[0] += cosine
-            total[1] += rows
-    means = [total / rows for total, rows in cosines.values() if rows]
+            total, count = cosines.get(index, (0.0, 0))
+            cosines[index] = (total + cosine, count + rows)
+    means = [total / count for total, count in cosines.values() if count]
     return Deviation(drift=worst, cosine=min(means, default=1.0))
-
-
-def evaluated(program: Program, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return the outputs of a program in evaluation mode; the model stays as it is."""
-    with preserved(program.model), torch.no_grad():
-        program.model.eval()
-        return program.run(*inputs)
-
-
-def is_compared(value: Any) -> bool:
-    """Say whether an output is one that can drift: a float tensor."""
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def compare(value: Tensor, expected: Tensor, where: Tensor | None) -> tuple[float, float, int]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .drift import BatchReference, deviation, reference
+from .drift import Output, deviation, observed_outputs
 from .errors import ConfigError, InputError
+from .plan import GuardRecord
 from .program import Program
 
 GIVEN_UP = "given up: "
@@ -48,12 +49,14 @@ class Guard:
         min_cosine: Smallest mean cosine of the outputs' rows.
         score: Measures a program, higher is better.
         max_drop: How much lower than the dense model's the score may be.
+        observe: Returns the outputs that are compared, of a program and a batch.
     """
 
     max_drift: float | None = None
     min_cosine: float | None = None
     score: Callable[[Program], float] | None = None
     max_drop: float = 0.0
+    observe: Callable[[Program, Mapping[str, Any]], list[Output]] = observed_outputs
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -87,21 +90,19 @@ class Guard:
             InputError: if there is no batch, or one does not fit the program.
             ConfigError: if the score fails on the dense model, naming it.
         """
-        references: list[BatchReference] = []
+        references: list[tuple[Mapping[str, Any], list[Output]]] = []
         kept_bytes = 0
         for batch in batches:
-            found = reference(program, batch)
-            kept_bytes += found.size_bytes
+            outputs = self.observe(program, batch)
+            kept_bytes += sum(output.value.nbytes for output in outputs)
             if references and kept_bytes > _REFERENCE_BYTES:
                 break
-            references.append(found)
+            references.append((batch, outputs))
         if not references:
             raise InputError("the guard has no batch to check on; pass at least one")
-        score = None
-        if self.score is not None:
-            score = self._score(program)
-            if isinstance(score, str):
-                raise ConfigError(f"{score} on the dense model, so it cannot guard anything")
+        score = None if self.score is None else self._score(program)
+        if isinstance(score, str):
+            raise ConfigError(f"{score} on the dense model, so it cannot guard anything")
         return GuardCheck(self, tuple(references), score)
 
     def _score(self, program: Program) -> float | str:
@@ -130,12 +131,12 @@ class GuardCheck:
 
     Attributes:
         guard: What is asked for.
-        references: The batches, with the dense program's outputs.
+        references: The batches and the dense program's outputs for them.
         score: The dense program's score, None without one.
     """
 
     guard: Guard
-    references: tuple[BatchReference, ...]
+    references: tuple[tuple[Mapping[str, Any], list[Output]], ...]
     score: float | None
 
     def check(self, program: Program) -> Verdict:
@@ -144,7 +145,9 @@ class GuardCheck:
         The score is left out where drift or cosine fail already.
         """
         guard = self.guard
-        found = deviation(program, self.references)
+        found = deviation(
+            (guard.observe(program, batch), outputs) for batch, outputs in self.references
+        )
         facts = [f"drift {found.drift:.3g}", f"cosine {found.cosine:.5f}"]
         failures = []
         if guard.max_drift is not None and not found.drift <= guard.max_drift:
@@ -163,6 +166,21 @@ class GuardCheck:
             drift=found.drift,
             cosine=found.cosine,
             score=score,
+        )
+
+    def record(self, verdict: Verdict) -> GuardRecord:
+        """Return a verdict with what was asked for, as a plan stores it."""
+        guard = self.guard
+        return GuardRecord(
+            max_drift=guard.max_drift,
+            min_cosine=guard.min_cosine,
+            max_drop=None if guard.score is None else guard.max_drop,
+            score=None if guard.score is None else score_name(guard.score),
+            batches=len(self.references),
+            drift=verdict.drift,
+            cosine=verdict.cosine,
+            score_before=self.score,
+            score_after=verdict.score,
         )
 
     def _scored(self, program: Program) -> tuple[float | None, str, bool]:

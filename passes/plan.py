@@ -30,7 +30,7 @@ class CostRecord(_Record):
 
 
 class ChangeRecord(_Record):
-    """An accepted change, its costs and its errors."""
+    """An accepted change, its costs and its errors; `loss` as in `Candidate`."""
 
     pass_name: str = Field(alias="pass", serialization_alias="pass")
     target: str
@@ -40,6 +40,8 @@ class ChangeRecord(_Record):
     after: CostRecord
     predicted_error: float | None = None
     measured_error: float | None = None
+    loss: float | None = None
+    loss_source: str = ""
 
     @property
     def change(self) -> Change:
@@ -75,6 +77,32 @@ class Totals(_Record):
     after: CostRecord
 
 
+class GuardRecord(_Record):
+    """What a guard asked for and what it found at last (see `guard`).
+
+    Attributes:
+        max_drift: Largest relative error of the outputs that was allowed.
+        min_cosine: Smallest mean cosine of the outputs' rows that was asked for.
+        max_drop: How much lower than before the score might be, None without a score.
+        score: Name of the score, None without one.
+        batches: How many batches it was checked on.
+        drift: Relative error of the outputs.
+        cosine: Mean cosine of the outputs' rows.
+        score_before: The dense model's score.
+        score_after: The score with all changes.
+    """
+
+    max_drift: float | None = None
+    min_cosine: float | None = None
+    max_drop: float | None = None
+    score: str | None = None
+    batches: int = Field(ge=1)
+    drift: float
+    cosine: float
+    score_before: float | None = None
+    score_after: float | None = None
+
+
 class Plan(_Record):
     """What was decided for one model.
 
@@ -94,6 +122,7 @@ class Plan(_Record):
         changes: Accepted changes in order.
         misses: Everything left alone, with reasons.
         totals: Cost of the whole model.
+        guard: What the model was checked against and with what result, None without a guard.
         notes: What capture and the manager want a user to know.
         parts: Where the model could not be captured as a whole: the plans of its parts, by name.
     """
@@ -110,6 +139,7 @@ class Plan(_Record):
     changes: tuple[ChangeRecord, ...] = ()
     misses: tuple[MissRecord, ...] = ()
     totals: Totals | None = None
+    guard: GuardRecord | None = None
     notes: tuple[str, ...] = ()
     parts: dict[str, Plan] = Field(default_factory=dict)
 
@@ -180,6 +210,8 @@ def change_record(
         "after": cost_record(candidate.after),
         "predicted_error": candidate.predicted_error,
         "measured_error": measured_error,
+        "loss": candidate.loss,
+        "loss_source": candidate.loss_source,
     }
     return ChangeRecord.model_validate(values)
 
