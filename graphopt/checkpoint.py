@@ -1,6 +1,7 @@
 """Optimized models on disk: safetensors, the plan, and how to build the dense model's structure.
 
     plan.json             what was changed
+    recipe.yaml           the recipe as resolved: `optimize` with it does the same again
     graphopt.json         how to build the dense structure, the captured call, checksums
     model.safetensors     parameters and persistent buffers
     buffers.safetensors   the other buffers, and constants of the graph
@@ -43,17 +44,19 @@ from .files import (
 from .hugging_face import CONFIG_FILE, copy_companions
 from .manifest import MANIFEST_FILE, Capture, Manifest, read_manifest
 from .plain_values import decode, encode
+from .recipe_schema import as_yaml
 from .runtime import install, install_parts, installation_of
 from .sources import Origin, remember
 
 __all__ = ["densify", "load", "save", "save_dense"]
 
 PLAN_FILE = "plan.json"
+RECIPE_FILE = "recipe.yaml"
 BUFFERS_FILE = "buffers.safetensors"
 EXAMPLE_FILE = "example.safetensors"
 _TENSOR_FILES = (WEIGHTS_FILE, BUFFERS_FILE, EXAMPLE_FILE)
 _CHECKED_FILES = (*_TENSOR_FILES, STRUCTURE_FILE)
-_OWN_FILES = frozenset({PLAN_FILE, MANIFEST_FILE, CONFIG_FILE, *_CHECKED_FILES})
+_OWN_FILES = frozenset({PLAN_FILE, RECIPE_FILE, MANIFEST_FILE, CONFIG_FILE, *_CHECKED_FILES})
 _CONSTANT = "_graphopt_constant_"
 
 
@@ -106,6 +109,9 @@ def save(
         dense = densify(meta_copy(model))
         base, description = write_base(dense, type(dense), target, factory)
         (target / PLAN_FILE).write_text(installation.plan.to_json(), encoding="utf-8")
+        if installation.plan.recipe:
+            text = as_yaml(installation.plan.recipe)
+            (target / RECIPE_FILE).write_text(text, encoding="utf-8")
         write_tensors(target / WEIGHTS_FILE, tensors)
         write_tensors(target / BUFFERS_FILE, _hidden_buffers(model))
         write_tensors(target / EXAMPLE_FILE, example)

@@ -1,97 +1,25 @@
-"""Recipes: which passes run, in which order, and how much of the model they keep."""
+"""Recipes by name, from files and from lists of passes, with the recipes that they include."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import ValidationError
 
-from graphopt.passes.base import Pass, matches, parse_share
+from graphopt.passes.base import Pass
 from graphopt.passes.errors import ConfigError
-from graphopt.passes.registry import options_of, parse_pipeline, pass_named, pass_names
+from graphopt.passes.registry import options_of, parse_pipeline, pass_names
+
+from .recipe_schema import PassSpec, Recipe
+
+__all__ = ["PassSpec", "Recipe", "load_recipe", "preset_names"]
 
 _SUFFIXES = (".yaml", ".yml")
-
-
-class PassSpec(BaseModel):
-    """A pass by name, with the options that differ from its defaults.
-
-    In YAML it is a mapping with the keys `name` and `options`, or only the name.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    options: dict[str, JsonValue] = Field(default_factory=dict)
-
-
-class Recipe(BaseModel):
-    """What to do with a model; the same in Python, in YAML and in `plan.json`.
-
-    Attributes:
-        name: What reports call it.
-        passes: The passes in the order in which they run.
-        budget: Share of the dense forward FLOPs to keep, in (0, 1]; "60%" is read as 0.6. None
-            leaves it to the passes.
-        training: Whether a rewrite must pay in a training step, else in inference.
-        ignore: Target patterns to leave alone.
-        keep: Share of units to keep, by target pattern, in place of the budget's.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = "custom"
-    passes: tuple[PassSpec, ...] = Field(min_length=1)
-    budget: float | None = None
-    training: bool = False
-    ignore: tuple[str, ...] = ()
-    keep: dict[str, float] = Field(default_factory=dict)
-
-    @field_validator("passes", mode="before")
-    @classmethod
-    def _name_passes(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)):
-            return value
-        return [{"name": item} if isinstance(item, str) else item for item in value]
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _read_budget(cls, value: Any) -> float | None:
-        return parse_share(value, "the budget")
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _read_keep(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {
-            pattern: parse_share(share, f"the share to keep of {pattern}")
-            for pattern, share in value.items()
-        }
-
-    @field_validator("ignore", "keep")
-    @classmethod
-    def _check_patterns(cls, value: Any) -> Any:
-        for pattern in value:
-            matches(pattern, "")
-        return value
-
-    def build_passes(self) -> tuple[Pass, ...]:
-        """Return the passes, made with their options.
-
-        Raises:
-            ConfigError: if a pass or an option is unknown.
-        """
-        return tuple(pass_named(spec.name, **spec.options) for spec in self.passes)
-
-    def to_yaml(self) -> str:
-        """Return the recipe as a YAML document that `load_recipe` reads back."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 def preset_names() -> tuple[str, ...]:
@@ -107,7 +35,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_recipe(source: str | Path | Iterable[str | Pass] | Recipe) -> Recipe:
-    """Return a recipe.
+    """Return a recipe, with those that it includes put in.
 
     Args:
         source: The name of a preset (see `preset_names`), the path of a YAML file, a textual
@@ -115,12 +43,13 @@ def load_recipe(source: str | Path | Iterable[str | Pass] | Recipe) -> Recipe:
             in order, or a recipe.
 
     Raises:
-        ConfigError: if there is no such recipe, or it has unknown keys, passes, options or values.
+        ConfigError: if there is no such recipe, it has unknown keys, passes, options or values, or
+            recipes include each other.
     """
     if isinstance(source, Recipe):
-        return _checked(source, f"the recipe {source.name!r}")
+        return _complete(source, f"the recipe {source.name!r}", Path(), ())
     if isinstance(source, (str, Path)):
-        return _load_named(source)
+        return _load_named(source, Path(), ())
     if not isinstance(source, Iterable):
         raise ConfigError(
             "a recipe is a name, the path of a YAML file, or a list of passes, "
@@ -136,23 +65,29 @@ def load_recipe(source: str | Path | Iterable[str | Pass] | Recipe) -> Recipe:
             raise ConfigError(
                 f"a list of passes holds names or passes, got {type(item).__name__} in it"
             )
-    return _validated({"passes": specs}, "the list of passes")
+    what = "the list of passes"
+    return _complete(_validated({"passes": specs}, what), what, Path(), ())
 
 
-def _load_named(source: str | Path) -> Recipe:
+def _load_named(source: str | Path, folder: Path, including: tuple[str, ...]) -> Recipe:
+    """Return a recipe by its name, its path relative to a folder, or its passes as text."""
     text = str(source)
     if text in preset_names():
         entry = resources.files(__package__) / "presets" / f"{text}.yaml"
-        return _parsed(entry.read_text(encoding="utf-8"), f"the preset {text!r}", text)
-    path = Path(source)
+        what = f"the preset {text!r}"
+        data = _parsed(entry.read_text(encoding="utf-8"), what)
+        return _complete(_validated({"name": text, **data}, what), what, Path(), including)
+    path = folder / source
     if path.suffix in _SUFFIXES:
+        what = f"the recipe {path.resolve()}"
         try:
-            return _parsed(path.read_text(encoding="utf-8"), f"the recipe {path}", path.stem)
+            data = _parsed(path.read_text(encoding="utf-8"), what)
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the recipe {path} cannot be read: {error}") from error
+            raise ConfigError(f"{what} cannot be read: {error}") from error
+        recipe = _validated({"name": path.stem, **data}, what)
+        return _complete(recipe, what, path.parent, including)
     if "," in text or "{" in text or text in pass_names():
-        steps = parse_pipeline(text)
-        return load_recipe(steps)
+        return load_recipe(parse_pipeline(text))
     near = difflib.get_close_matches(text, preset_names(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "pass one of them,"
     raise ConfigError(
@@ -161,38 +96,54 @@ def _load_named(source: str | Path) -> Recipe:
     )
 
 
-def _parsed(text: str, source: str, name: str) -> Recipe:
+def _complete(recipe: Recipe, what: str, folder: Path, including: tuple[str, ...]) -> Recipe:
+    """Return a recipe with what it includes, if its passes can be made.
+
+    Args:
+        recipe: The recipe as written.
+        what: What an error calls it; the same for the same recipe.
+        folder: Where the paths of what it includes begin.
+        including: What the recipes are called that include it, the outermost first.
+    """
+    if what in including:
+        raise ConfigError(f"{what} includes itself on this way; take one of the includes out")
+    own = recipe.model_copy(update={"include": ()})
+    try:
+        base: Recipe | None = None
+        for name in recipe.include:
+            added = _load_named(name, folder, (*including, what))
+            base = added if base is None else added.on_top_of(base)
+        whole = own if base is None else own.on_top_of(base)
+        if not whole.passes:
+            raise ConfigError("it has no passes; list some under 'passes', or include a recipe")
+        whole.build_passes()
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    return whole
+
+
+def _parsed(text: str, what: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         problem = getattr(error, "problem", None) or type(error).__name__
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{source} is not valid YAML{where}: {problem}") from error
+        raise ConfigError(f"{what} is not valid YAML{where}: {problem}") from error
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{source} must be a mapping with the key 'passes', got {type(data).__name__}"
+            f"{what} must be a mapping with the key 'passes', got {type(data).__name__}"
         )
-    return _validated({"name": name, **data}, source)
+    return data
 
 
-def _validated(data: dict[str, Any], source: str) -> Recipe:
+def _validated(data: dict[str, Any], what: str) -> Recipe:
     try:
-        recipe = Recipe.model_validate(data)
+        return Recipe.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(error)}") from error
+        raise ConfigError(f"{what}: {_sentence(error)}") from error
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    return _checked(recipe, source)
-
-
-def _checked(recipe: Recipe, source: str) -> Recipe:
-    """Return the recipe if its passes can be made."""
-    try:
-        recipe.build_passes()
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    return recipe
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def _sentence(error: ValidationError) -> str:

@@ -25,6 +25,7 @@ from graphopt.checkpoint import densify, load, save, save_dense
 from graphopt.errors import CheckpointError, GraphoptError, PlanError
 from graphopt.passes.plan import Plan
 from graphopt.passes.structure import flatten
+from graphopt.recipes import load_recipe
 from graphopt.runtime import install, installation_of
 from graphopt.sources import open_source
 
@@ -86,6 +87,19 @@ def assert_equal_outputs(model: nn.Module, other: nn.Module, *args: Any, **kwarg
         expected, found = flatten(model(*args, **kwargs))[0], flatten(other(*args, **kwargs))[0]
     for value, reference in zip(found, expected, strict=True):
         assert torch.equal(value, reference)
+
+
+def test_the_resolved_recipe_lies_beside_the_model_and_makes_it_again(tmp_path: Path) -> None:
+    dense = layers().eval()
+    example = torch.randn(4, 16)
+    recipe = load_recipe("train").with_settings(budget="70%", ignore=("0.0",))
+    model = optimize(dense, example, recipe=recipe, measure=False).eval()
+    save(model, tmp_path / "out")
+    assert load_recipe(tmp_path / "out" / "recipe.yaml") == recipe
+    again = optimize(dense, example, recipe=tmp_path / "out" / "recipe.yaml", measure=False).eval()
+    assert_equal_outputs(model, again, example)
+    save(load(tmp_path / "out"), tmp_path / "again")
+    assert load_recipe(tmp_path / "again" / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-padded", "transformer-encoder"])

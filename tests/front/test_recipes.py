@@ -1,6 +1,10 @@
 """Recipes: presets, files, lists; what is wrong in one is said in one sentence."""
 
+from __future__ import annotations
+
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,13 +34,30 @@ def test_the_exact_preset_only_has_exact_passes_that_training_allows() -> None:
 def test_presets_that_compress_keep_sixty_percent(name: str, training: bool) -> None:
     recipe = load_recipe(name)
     assert (recipe.budget, recipe.training) == (0.6, training)
+    assert recipe.allocation == ("uniform" if training else "solver")
+
+
+def test_deploy_has_a_guard() -> None:
+    assert load_recipe("deploy").max_drift == 0.1
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_packing_comes_last(name: str) -> None:
+    assert load_recipe(name).passes[-1].name == "pack-tokens"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_says_what_it_does(name: str) -> None:
+    text = (resources.files("graphopt") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "\nversion: 1\n" in text
 
 
 def test_a_training_preset_has_no_pass_that_forbids_training() -> None:
     assert not any(pass_class(spec.name).inference_only for spec in load_recipe("train").passes)
 
 
-@pytest.mark.parametrize("name", ["deploy", "exact", "train"])
+@pytest.mark.parametrize("name", preset_names())
 def test_a_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
@@ -65,6 +86,82 @@ def test_a_file_is_read_with_all_its_keys(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("budget", "kept", "allocation"),
+    [
+        ("60%", 0.6, "uniform"),
+        (0.6, 0.6, "uniform"),
+        ("60% latency", "60% latency", "solver"),
+        ("12ms", "12 ms", "solver"),
+        ("5M parameters", "5000000 parameters", "solver"),
+        ("40MB", "40000000 bytes", "solver"),
+    ],
+)
+def test_budgets_of_all_kinds(
+    budget: Any, kept: float | str, allocation: str, tmp_path: Path
+) -> None:
+    recipe = load_recipe(Recipe.model_validate({"passes": ["prune-channels"], "budget": budget}))
+    assert (recipe.budget, recipe.allocation) == (kept, allocation)
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_settings_on_top() -> None:
+    recipe = load_recipe("train").with_settings(
+        budget="12ms", max_drift="5%", min_cosine=None, ignore=("pooler",), keep={"a": "50%"}
+    )
+    assert (recipe.budget, recipe.allocation, recipe.max_drift) == ("12 ms", "solver", 0.05)
+    assert recipe.training
+    assert recipe.with_settings(ignore=("pooler", "b"), keep={"b": 1}).ignore == ("pooler", "b")
+    assert recipe.with_settings(keep={"b": 1}).keep == {"a": 0.5, "b": 1.0}
+    with pytest.raises(ConfigError, match="training steps run in torch"):
+        recipe.with_settings(runtime="onnxruntime")
+
+
+def test_included_passes_and_settings_come_first_and_own_ones_win(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "passes: [prune-channels, {name: pack-tokens, options: {mask: real}}]\n"
+        "max_drift: 5%\nmin_cosine: 0.9\nbudget: 50%\nallocation: uniform\n"
+        "ignore: [a]\nkeep: {x: 50%, y: 50%}"
+    )
+    recipe = load_recipe(
+        write(
+            tmp_path,
+            "include: [base.yaml]\npasses: [fuse-projections, pack-tokens]\nmax_drift: 2%\n"
+            "budget: 9ms\nignore: [b]\nkeep: {y: 70%}",
+        )
+    )
+    assert recipe.name == "mine"
+    assert not recipe.include
+    assert [spec.name for spec in recipe.passes] == [
+        "prune-channels",
+        "fuse-projections",
+        "pack-tokens",
+    ]
+    assert recipe.passes[-1].options == {}
+    assert (recipe.max_drift, recipe.min_cosine) == (0.02, 0.9)
+    assert (recipe.budget, recipe.allocation) == ("9 ms", "solver")
+    assert recipe.ignore == ("a", "b")
+    assert recipe.keep == {"x": 0.5, "y": 0.7}
+
+
+def test_presets_can_be_included_from_python_and_later_ones_win() -> None:
+    recipe = load_recipe(Recipe(name="both", include=("deploy", "exact"), max_drift=None))
+    assert recipe.name == "both"
+    assert [spec.name for spec in recipe.passes] == [
+        *[spec.name for spec in load_recipe("deploy").passes[:3]],
+        *[spec.name for spec in load_recipe("exact").passes],
+    ]
+    assert recipe.max_drift is None
+    assert recipe.allocation == "solver"
+
+
+def test_recipes_that_include_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("include: [mine.yaml]")
+    path = write(tmp_path, "include: [other.yaml]")
+    with pytest.raises(ConfigError, match=r"mine.yaml: the recipe .*mine.yaml includes itself"):
+        load_recipe(path)
+
+
 def test_passes_names_and_pipelines_mean_the_same() -> None:
     step = pass_named("prune-channels", round_to=16)
     assert load_recipe([step, "fuse-projections"]) == load_recipe(
@@ -80,8 +177,23 @@ def test_passes_names_and_pipelines_mean_the_same() -> None:
         ("passes: [prune-chanels]", r"did you mean 'prune-channels'"),
         ("passes: [{name: prune-channels, options: {round: 8}}]", r"no option 'round'"),
         ("passes: [{name: prune-channels, option: {}}]", r"did you mean 'options'"),
-        ("budget: 60%", r"the key 'passes' is missing"),
-        ("passes: []", r"passes: tuple should have at least 1 item"),
+        ("budget: 60%", r"has no passes"),
+        ("passes: []", r"has no passes"),
+        ("passes: [{options: {}}]", r"the key 'name' is missing in passes.0"),
+        ("version: 2\npasses: [prune-channels]\nnewer: 1", r"version 2.*install a newer"),
+        ("version: 0\npasses: [prune-channels]", r"it has version 0"),
+        ("passes: [prune-channels]\nbudget: 60% speed", r"a budget's share is of flops, latency"),
+        ("passes: [prune-channels]\nbudget: true", r"a budget is a share or an amount"),
+        ("passes: [prune-channels]\nbudget: 9ms\nallocation: uniform", r"uniform.*'9 ms'"),
+        ("passes: [prune-channels]\nallocation: greedy", r"allocation: input should be 'uniform'"),
+        ("passes: [prune-channels]\nruntime: tensorrt", r"runtime must be torch, onnxruntime"),
+        ("passes: [prune-channels]\nruntime: onnxruntime\ntraining: true", r"training steps run"),
+        ("passes: [prune-channels]\nmax_drift: lots", r"max_drift must be a relative error"),
+        ("passes: [prune-channels]\nmax_drift: -1%", r"max_drift must be a relative error"),
+        ("passes: [prune-channels]\nmin_cosine: 1.5", r"min_cosine must be a cosine"),
+        ("include: [deploi]", r"did you mean 'deploy'"),
+        ("include: [absent.yaml]", r"absent.yaml cannot be read"),
+        ("include: [mine.yaml]", r"mine.yaml includes itself"),
         ("passes: [prune-channels]\nbudget: 150%", r"above 0 and at most 1"),
         ("passes: [prune-channels]\nkeep: {a: 0}", r"share to keep of a must be above 0"),
         ("passes: [prune-channels]\nignore: ['re:[']", r"is not a regular expression"),
