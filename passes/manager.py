@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from .base import Candidate, Context, Miss, Pass, set_tensor
-from .errors import VerificationError
+from .base import Context, Cost, Miss, Pass
+from .budget import Budget
+from .errors import ConfigError, VerificationError
 from .facts import total_cost
+from .guard import GIVEN_UP, Guard, GuardCheck
 from .plan import (
     ChangeRecord,
     InputRecord,
@@ -25,10 +26,14 @@ from .plan import (
 )
 from .program import Program, shape_of
 from .propagation import refresh
-from .registry import format_pipeline, pass_named
+from .registry import format_pipeline
+from .replay import apply_plan, bisect, load_state
+from .rewriting import Rewriting
 from .snapshot import Snapshot
 from .structure import flatten
-from .verifier import Verifier, observe, relative_error
+from .verifier import Verifier
+
+__all__ = ["PassManager", "Progress", "apply_plan", "bisect", "load_state"]
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +47,14 @@ class PassManager:
 
     Attributes:
         passes: In order.
-        context: What the passes may know; the budget is for the pipeline as a whole.
+        context: What the passes may know; its budget is set from the one of the pipeline.
+        budget: What the pipeline as a whole may leave; None takes the context's share of the FLOPs.
+        allocation: "uniform" (every pass spends the same share everywhere, the budget is one of
+            FLOPs) or "solver" (see `allocation`).
+        guard: What the result must satisfy; changes that violate it are taken back.
+        guard_batches: Batches to check the guard on; None takes the example.
+        seed: Orders equally good choices of the solver.
+        store: Directory that keeps what the solver measured, to go on after a stop.
         limit: Accept only this many changes in all.
         verify: Check after every pass; a failure rolls back that pass and raises.
         progress: Told about every change.
@@ -50,11 +62,18 @@ class PassManager:
 
     passes: Sequence[Pass]
     context: Context
+    budget: Budget | None = None
+    allocation: str = "uniform"
+    guard: Guard | None = None
+    guard_batches: Iterable[Mapping[str, Any]] | None = None
+    seed: int = 0
+    store: Path | None = None
     limit: int | None = None
     verify: bool = True
     progress: Progress | None = None
     _changes: list[ChangeRecord] = field(default_factory=list)
     _misses: list[MissRecord] = field(default_factory=list)
+    _notes: list[str] = field(default_factory=list)
 
     def propose(self, program: Program) -> Plan:
         """Return what would change, changing nothing: the first pass's candidates stand.
@@ -63,6 +82,7 @@ class PassManager:
         earlier one already claims are left out. Details that need data are not decided.
         """
         before = total_cost(program)
+        self._share_budget(before)
         after_flops, after_bytes, after_parameters = (
             before.flops,
             before.size_bytes,
@@ -95,13 +115,18 @@ class PassManager:
 
         Raises:
             PreconditionError: if a pass cannot run on this program.
+            ConfigError: if the budget and the allocation do not go together.
             VerificationError: if a pass broke the model; that pass is rolled back, and the
                 error names a directory with the plan to reproduce it.
         """
         before = total_cost(program)
+        self._share_budget(before)
         for step in self.passes:
             step.note_unread(program)
         verifier = Verifier(program, training=self.context.training) if self.verify else None
+        check = self._guard_check(program)
+        rewriting = Rewriting(program, check)
+        undo: list[tuple[int, Snapshot]] = []
         for step in self._runnable(program):
             context = self._remaining(total_cost(program).flops / max(before.flops, 1))
             if not step.exact and context is None:
@@ -110,7 +135,7 @@ class PassManager:
             snapshot = Snapshot(program)
             accepted = len(self._changes)
             try:
-                self._run_pass(step, program, context or self.context)
+                self._run_pass(step, program, context or self.context, rewriting)
                 if len(self._changes) == accepted:
                     continue
                 if verifier is None:
@@ -126,8 +151,60 @@ class PassManager:
             except BaseException:
                 snapshot.restore()
                 raise
+            last = [(accepted, snapshot)]
+            if step.exact:
+                self._undo_violations(program, check, last, rewriting)
+            undo.extend(last)
+        self._undo_violations(program, check, undo, rewriting)
         after = total_cost(program)
         return self._plan(program, Totals(before=cost_record(before), after=cost_record(after)))
+
+    def _share_budget(self, dense: Cost) -> None:
+        """Turn the budget into the share of the FLOPs that uniform allocation spends.
+
+        Raises:
+            ConfigError: if it is of another resource.
+        """
+        if self.budget is None or self.allocation == "solver":
+            return
+        if self.budget.resource != "flops":
+            raise ConfigError(
+                f"a budget of {self.budget} needs allocation='solver'; uniform allocation spends a "
+                "share of the FLOPs, such as '60%'"
+            )
+        share = self.budget.allowed(dense) / max(dense.flops, 1)
+        self.context = replace(self.context, budget=min(share, 1.0))
+
+    def _guard_check(self, program: Program) -> GuardCheck | None:
+        """Return what must hold, None where there is no guard or no numbers to check."""
+        if self.guard is None:
+            return None
+        if any(parameter.is_meta for parameter in program.model.parameters()):
+            self._notes.append("the guard was not checked: the weights are on the meta device")
+            return None
+        batches = [program.example] if self.guard_batches is None else self.guard_batches
+        return self.guard.prepare(program, batches)
+
+    def _undo_violations(
+        self,
+        program: Program,
+        check: GuardCheck | None,
+        undo: list[tuple[int, Snapshot]],
+        rewriting: Rewriting,
+    ) -> None:
+        """Take passes back, the last one first, until the guard holds."""
+        while check is not None and undo and self._changes:
+            verdict = check.check(program)
+            if verdict.ok:
+                return
+            accepted, snapshot = undo.pop()
+            snapshot.restore()
+            rewriting.forget()
+            for record in self._changes[accepted:]:
+                reason = GIVEN_UP + verdict.sentence
+                miss = Miss(pass_name=record.pass_name, target=record.target, reason=reason)
+                self._misses.append(miss_record(miss))
+            del self._changes[accepted:]
 
     def _runnable(self, program: Program) -> list[Pass]:
         steps = []
@@ -158,33 +235,22 @@ class PassManager:
     def _is_full(self) -> bool:
         return self.limit is not None and len(self._changes) >= self.limit
 
-    def _run_pass(self, step: Pass, program: Program, context: Context) -> None:
+    def _run_pass(
+        self, step: Pass, program: Program, context: Context, rewriting: Rewriting
+    ) -> None:
         proposal = step.propose(program, context)
         self._misses.extend(miss_record(miss) for miss in proposal.misses)
-        numeric = not any(p.is_meta for p in program.model.parameters())
-        outputs = _outputs(program) if numeric and proposal.candidates else []
         for number, candidate in enumerate(proposal.candidates):
             if self._is_full():
                 break
-            settled = self._make(step, program, candidate, context)
-            error = None
-            if numeric:
-                current = _outputs(program)
-                error = max(map(relative_error, current, outputs), default=0.0)
-                outputs = current
-            self._changes.append(change_record(settled, settled.change, error))
-            _logger.info("%s: %s %s", step.name, settled.change.target, settled.change.summary)
+            made = rewriting.make(step, candidate, context, optional=False)
+            if isinstance(made, Miss):
+                self._misses.append(miss_record(made))
+            else:
+                self._changes.append(made)
+                _logger.info("%s: %s %s", step.name, made.target, made.summary)
             if self.progress:
                 self.progress(step.name, number + 1, len(proposal.candidates))
-
-    def _make(
-        self, step: Pass, program: Program, candidate: Candidate, context: Context
-    ) -> Candidate:
-        settled = step.settle(program, candidate, context)
-        state = step.transfer(program, settled.change, context)
-        step.apply(program, settled.change)
-        load_state(program, state)
-        return settled
 
     def _plan(self, program: Program, totals: Totals | None) -> Plan:
         tensors, _ = flatten(program.example)
@@ -204,7 +270,7 @@ class PassManager:
             changes=tuple(self._changes),
             misses=tuple(self._misses),
             totals=totals,
-            notes=(*program.notes, *self._budget_note(totals)),
+            notes=(*program.notes, *self._notes, *self._budget_note(totals), *self._guard_note()),
         )
 
     def _budget_note(self, totals: Totals | None) -> list[str]:
@@ -219,76 +285,29 @@ class PassManager:
             f"{share:.1%} are left; see the misses for what could not change"
         ]
 
+    def _guard_note(self) -> list[str]:
+        """Say that the guard left nothing, if so."""
+        given_up = [miss for miss in self._misses if miss.reason.startswith(GIVEN_UP)]
+        if self.guard is None or self._changes or not given_up:
+            return []
+        return [f"no change satisfies the guard ({self._asked()}): the model is unchanged"]
+
+    def _asked(self) -> str:
+        """Return the guard's limits as they were asked for."""
+        assert self.guard is not None
+        limits = {
+            "max_drift": self.guard.max_drift,
+            "min_cosine": self.guard.min_cosine,
+            "max_drop": None if self.guard.score is None else self.guard.max_drop,
+        }
+        return ", ".join(f"{name}={value:g}" for name, value in limits.items() if value is not None)
+
     def _write_reproducer(self, program: Program) -> Path:
         directory = Path(tempfile.mkdtemp(prefix="graphopt-failure-"))
         plan = self._plan(program, None)
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (directory / "seed.txt").write_text("0\n", encoding="utf-8")
         return directory
-
-
-def apply_plan(program: Program, plan: Plan, *, limit: int | None = None) -> None:
-    """Make a plan's changes in a program: structure only, also on meta parameters.
-
-    Args:
-        program: A fresh capture of the model the plan was made for.
-        plan: The plan.
-        limit: Apply only this many changes.
-
-    Raises:
-        PlanError: if the plan does not fit the model.
-        ConfigError: if it names an unknown pass.
-    """
-    previous: str | None = None
-    for record in plan.changes[:limit]:
-        if previous not in (None, record.pass_name):
-            refresh(program)
-        pass_named(record.pass_name).apply(program, record.change)
-        previous = record.pass_name
-    if previous is not None:
-        refresh(program)
-
-
-def load_state(program: Program, state: dict[str, torch.Tensor]) -> None:
-    """Give parameters and buffers of a program's model new values, by name; tied ones stay tied."""
-    for name, value in state.items():
-        parent, _, attribute = name.rpartition(".")
-        old = getattr(program.module(parent), attribute)
-        value = value.to(old.device, old.dtype)
-        others = [
-            other
-            for other, tensor in [
-                *program.model.named_parameters(remove_duplicate=False),
-                *program.model.named_buffers(remove_duplicate=False),
-            ]
-            if tensor is old and other != name
-        ]
-        set_tensor(program.model, name, value)
-        new = getattr(program.module(parent), attribute)
-        for other in others:
-            parent_name, _, other_attribute = other.rpartition(".")
-            setattr(program.module(parent_name), other_attribute, new)
-    program.changed()
-
-
-def bisect(is_good: Callable[[int], bool], changes: int) -> int | None:
-    """Return the number of the first change that breaks something, None if none does.
-
-    Args:
-        is_good: Says whether the first N changes together are fine; `is_good(0)` must hold.
-        changes: Changes in all.
-    """
-    if is_good(changes):
-        return None
-    low, high = 0, changes
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_good(middle) else (low, middle)
-    return high
-
-
-def _outputs(program: Program) -> list[torch.Tensor]:
-    return list(observe(program, training=False, gradients=False).outputs)
 
 
 def _budget_met(step: Pass) -> MissRecord:

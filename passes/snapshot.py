@@ -1,4 +1,4 @@
-"""A program as it was: cheap to take, because changes replace tensors and never write to them."""
+"""A program as it was, and its twin: cheap, because changes replace tensors and never write."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ class Snapshot:
             module.__dict__.update(table)
         self._program.graph = self._graph
         self._program.changed()
+
+
+def twin_of(program: Program) -> Program:
+    """Return a program that can be changed on its own, on modules that share all tensors.
+
+    Modules are registered as in the original, shared ones stay shared; everything that is neither
+    a module nor a table of a module is the very same object.
+    """
+    modules = list(program.model.modules())
+    twins: dict[int, nn.Module] = {}
+    for module in modules:
+        twins[id(module)] = object.__new__(type(module))
+    for module in modules:
+        table = _copied_table(module)
+        for name, child in table["_modules"].items():
+            if child is not None:
+                table["_modules"][name] = twins[id(child)]
+        twins[id(module)].__dict__.update(table)
+    twin = program.of_copy(twins[id(program.model)])
+    twin.graph = copied_graph(program.graph)
+    return twin
 
 
 def _copied_table(module: nn.Module) -> dict[str, Any]:

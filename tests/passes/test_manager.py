@@ -12,11 +12,13 @@ from torch import nn
 
 from graphopt.capture import capture
 from graphopt.passes.base import Candidate, Change, Context, Cost, Pass, Proposal, State
+from graphopt.passes.budget import parse_budget
 from graphopt.passes.compress.prune_channels import PruneChannels
 from graphopt.passes.errors import ConfigError, PlanError, VerificationError
 from graphopt.passes.exact.fold_batch_norm import FoldBatchNorm
+from graphopt.passes.guard import GIVEN_UP, Guard
 from graphopt.passes.manager import PassManager, apply_plan, bisect, load_state
-from graphopt.passes.plan import Plan
+from graphopt.passes.plan import MissRecord, Plan
 from graphopt.passes.program import Program
 
 PRUNE = PruneChannels(round_to=1)
@@ -199,3 +201,60 @@ def test_bisection_finds_the_guilty_change(guilty: int) -> None:
     assert bisect(is_good, 7) == guilty
     assert len(asked) <= 4
     assert bisect(lambda count: True, 7) is None
+
+
+def given_up(plan: Plan) -> list[MissRecord]:
+    return [miss for miss in plan.misses if miss.reason.startswith(GIVEN_UP)]
+
+
+def test_a_guard_too_tight_for_anything_leaves_the_model_unchanged() -> None:
+    current = program()
+    x = torch.randn(3, 8)
+    before = current.code, current(x)
+    guard = Guard(max_drift=1e-7)
+    plan = PassManager(passes=(PRUNE,), context=Context(budget=0.5), guard=guard).run(current)
+    assert current.code == before[0]
+    assert torch.equal(current(x), before[1])
+    assert not plan.changes
+    assert "no change satisfies the guard (max_drift=1e-07): the model is unchanged" in plan.notes
+    assert [m.target for m in given_up(plan)] == ["0.weight", "2.weight"]
+
+
+def test_a_change_that_breaks_a_score_is_named_and_rolled_back() -> None:
+    def keeps_the_first_layer(current: Program) -> float:
+        return float(current.model.get_parameter("0.weight").shape[0] == 16)
+
+    current = program()
+    guard = Guard(score=keeps_the_first_layer)
+    plan = PassManager(passes=(PRUNE,), context=Context(budget=0.5), guard=guard).run(current)
+    assert [c.target for c in plan.changes] == ["2.weight"]
+    (miss,) = given_up(plan)
+    assert miss.target == "0.weight"
+    assert miss.reason.startswith("given up: the score keeps_the_first_layer went from 1 to 0")
+    assert current.model.get_parameter("0.weight").shape == (16, 8)
+    assert current.model.get_parameter("2.weight").shape[0] < 12
+
+
+def test_an_exact_pass_that_breaks_a_score_is_taken_back_as_a_whole() -> None:
+    def keeps_modules(current: Program) -> float:
+        return float(any(isinstance(m, nn.BatchNorm1d) for m in current.model.modules()))
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).eval()
+    current = capture(model, torch.randn(5, 8))
+    x = torch.randn(3, 8)
+    before = current(x)
+    guard = Guard(score=keeps_modules)
+    plan = PassManager(passes=(FoldBatchNorm(), PRUNE), context=Context(budget=0.5), guard=guard)
+    made = plan.run(current)
+    assert {c.pass_name for c in made.changes} == {"prune-channels"}
+    assert [m.pass_name for m in given_up(made)] == ["fold-batch-norm"]
+    assert current(x).shape == before.shape
+
+
+def test_uniform_budgets_are_shares_of_the_flops() -> None:
+    half = run(program(), PRUNE, budget=0.5)
+    manager = PassManager(passes=(PRUNE,), context=Context(), budget=parse_budget("50%"))
+    assert manager.run(program()).changes == half.changes
+    manager = PassManager(passes=(PRUNE,), context=Context(), budget=parse_budget("1kb"))
+    with pytest.raises(ConfigError, match="needs allocation='solver'"):
+        manager.run(program())
