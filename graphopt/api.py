@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,27 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphopt.passes.base import Context, Pass, parse_share
-from graphopt.passes.calibration import Calibration
-from graphopt.passes.calls import expand_arguments, signature_of
+from graphopt.passes.base import Pass
+from graphopt.passes.calls import expand_arguments
 from graphopt.passes.costs import Costs
 from graphopt.passes.errors import CaptureError, ConfigError
-from graphopt.passes.manager import PassManager
-from graphopt.passes.plan import CostRecord, Plan, Totals
+from graphopt.passes.plan import Plan, Totals
 from graphopt.passes.program import Program
 from graphopt.passes.stopwatch import interleaved_ms
 from graphopt.passes.structure import flatten
 from graphopt.passes.verifier import Verifier, preserved
 
 from .capture import call_arguments, capture
-from .datasets import open_batches
-from .parts import PartBatches, capture_parts
-from .recipes import Recipe, load_recipe
+from .job import Job, Progress, resolve_recipe
+from .model_guard import Score
+from .recipe_schema import Recipe
 from .runtime import install, install_parts, installation_of
 
 _TOTAL_BUDGET_S = 1.0
-
-Progress = Callable[[str, int, int], None]
 
 
 def optimize(
@@ -42,8 +37,15 @@ def optimize(
     recipe: str | Path | Recipe | Sequence[str | Pass] = "train",
     budget: float | str | None = None,
     calibration: Any = None,
+    max_drift: float | str | None = None,
+    min_cosine: float | None = None,
+    score: Score | None = None,
+    max_drop: float | None = None,
     ignore: Sequence[str] = (),
     keep: Mapping[str, float | str] | None = None,
+    allocation: str | None = None,
+    runtime: str | None = None,
+    seed: int = 0,
     inplace: bool = False,
     limit: int | None = None,
     measure: bool = True,
@@ -57,13 +59,26 @@ def optimize(
     Args:
         model: Any PyTorch model.
         example_inputs: A tensor, a tuple or a mapping of keyword arguments; None infers them.
-        recipe: "exact", "train", "deploy", a YAML file, or a list of passes.
-        budget: Share of the dense forward FLOPs to keep, at the example's sizes: 0.6 or "60%";
-            None takes the recipe's.
+        recipe: A preset ("exact", "train", "deploy", "deploy-int8", "smallest"), a YAML file, or a
+            list of passes.
+        budget: What one forward may cost at the example's sizes: 0.6 or "60%" of the dense FLOPs,
+            "60% latency", "12ms", "5M parameters" or "40MB"; None takes the recipe's.
         calibration: Batches of real inputs: a DataLoader, an iterable, an `.npz`, `.safetensors`
-            or `.jsonl` file; scores and repairs then use them.
+            or `.jsonl` file; scores and repairs then use them. Under a guard the last quarter is
+            held out to check it.
+        max_drift: Largest relative error of the outputs on any held-out batch, 0.05 or "5%". This
+            and the next three are the guard: changes that violate it are given up, and the report
+            names them. None takes the recipe's.
+        min_cosine: Smallest mean cosine between the rows of the outputs and of the dense model's.
+        score: Any metric, higher is better: called with the model in evaluation mode, before and
+            after changes; it must return the same number for the same model.
+        max_drop: How much lower than the dense model's the score may be; None allows no drop.
         ignore: Targets to leave alone: names, or `re:` and a regular expression.
         keep: Share to keep for some targets, pattern -> share.
+        allocation: "uniform" or "solver" (see `Recipe`), None takes the recipe's.
+        runtime: Where inference is timed: "torch", "onnxruntime" or "onnxruntime:" and an execution
+            provider; None takes the recipe's.
+        seed: Orders equally good choices.
         inplace: Rewrite this very model instead of a copy.
         limit: Accept only the first N changes.
         measure: Keep a rewrite only if it measures faster here.
@@ -78,22 +93,37 @@ def optimize(
     Raises:
         GraphoptError: any error a user can cause, with a sentence that says what to do.
     """
-    job = _Job(
-        recipe=_resolved(load_recipe(recipe), budget, ignore, keep),
+    job = Job(
+        recipe=resolve_recipe(
+            recipe,
+            budget=budget,
+            ignore=ignore,
+            keep=keep,
+            max_drift=max_drift,
+            min_cosine=min_cosine,
+            allocation=allocation,
+            runtime=runtime,
+        ),
         calibration=calibration,
-        calibration_store=None if calibration_store is None else Path(calibration_store),
+        store=None if calibration_store is None else Path(calibration_store),
         tokenizer=None if tokenizer is None else Path(tokenizer),
         costs=_costs(model, cost_cache) if measure else None,
         limit=limit,
+        seed=seed,
+        score=score,
+        max_drop=max_drop,
         progress=progress,
     )
     _refuse_optimized(model)
+    job.guard(model)  # a limit that makes no sense is refused before any work
     target = model if inplace else _copied(model)
     try:
         program = capture(target, example_inputs)
     except CaptureError as error:
-        return _optimize_parts(target, example_inputs, job, str(error))
-    made = job.manager(program, job.batches(target)).run(program)
+        arguments = call_arguments(target, example_inputs)
+        made = job.run_parts(target, arguments, str(error))
+        return install_parts(target, _finished(made, job.recipe))
+    made = job.run(program)
     refusal = Verifier(program, training=False).eager_refusal()
     if measure and not inplace and made.changes:
         made = _timed(made, model, program)
@@ -107,8 +137,15 @@ def plan(
     recipe: str | Path | Recipe | Sequence[str | Pass] = "train",
     budget: float | str | None = None,
     calibration: Any = None,
+    max_drift: float | str | None = None,
+    min_cosine: float | None = None,
+    score: Score | None = None,
+    max_drop: float | None = None,
     ignore: Sequence[str] = (),
     keep: Mapping[str, float | str] | None = None,
+    allocation: str | None = None,
+    runtime: str | None = None,
+    seed: int = 0,
     limit: int | None = None,
     measure: bool = False,
     cost_cache: str | Path | None = None,
@@ -122,110 +159,35 @@ def plan(
     Raises:
         GraphoptError: as `optimize`.
     """
-    job = _Job(
-        recipe=_resolved(load_recipe(recipe), budget, ignore, keep),
+    job = Job(
+        recipe=resolve_recipe(
+            recipe,
+            budget=budget,
+            ignore=ignore,
+            keep=keep,
+            max_drift=max_drift,
+            min_cosine=min_cosine,
+            allocation=allocation,
+            runtime=runtime,
+        ),
         calibration=calibration,
-        calibration_store=None,
+        store=None,
         tokenizer=None if tokenizer is None else Path(tokenizer),
         costs=_costs(model, cost_cache) if measure else None,
         limit=limit,
+        seed=seed,
+        score=score,
+        max_drop=max_drop,
         progress=progress,
     )
     _refuse_optimized(model)
+    job.guard(model)
     try:
         program = capture(model, example_inputs)
     except CaptureError as error:
-        return _plan_parts(model, example_inputs, job, str(error))
-    made = job.manager(program, job.batches(model)).propose(program)
-    return _finished(made, job.recipe)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What was asked for, resolved."""
-
-    recipe: Recipe
-    calibration: Any
-    calibration_store: Path | None
-    tokenizer: Path | None
-    costs: Costs | None
-    limit: int | None
-    progress: Progress | None
-
-    def batches(self, model: nn.Module) -> Iterable[dict[str, Any]] | None:
-        """Return the calibration batches as arguments of the model's forward."""
-        if self.calibration is None:
-            return None
-        return open_batches(
-            self.calibration,
-            model_arguments=tuple(signature_of(model).parameters),
-            tokenizer_dir=self.tokenizer,
-        )
-
-    def manager(self, program: Program, batches: Iterable[dict[str, Any]] | None) -> PassManager:
-        """Return the pipeline for a program."""
-        calibration = None
-        if batches is not None:
-            calibration = Calibration(batches, store=self.calibration_store, progress=self.progress)
-        context = Context(
-            budget=self.recipe.budget,
-            training=self.recipe.training,
-            ignore=self.recipe.ignore,
-            keep=self.recipe.keep,
-            calibration=calibration,
-            costs=self.costs,
-        )
-        return PassManager(
-            passes=self.recipe.build_passes(),
-            context=context,
-            limit=self.limit,
-            progress=self.progress,
-        )
-
-
-def _optimize_parts(model: nn.Module, example: Any, job: _Job, reason: str) -> nn.Module:
-    """Optimize the parts that can be captured; the model around them runs as it is."""
-    batches = job.batches(model)
-    plans: dict[str, Plan] = {}
-    for part in capture_parts(model, call_arguments(model, example)):
-        inner = None if batches is None else PartBatches(model, part.name, batches)
-        plans[part.name] = job.manager(part.program, inner).run(part.program)
-        install(part.program, plans[part.name])
-    return install_parts(model, _finished(_whole(model, plans, reason), job.recipe))
-
-
-def _plan_parts(model: nn.Module, example: Any, job: _Job, reason: str) -> Plan:
-    batches = job.batches(model)
-    plans: dict[str, Plan] = {}
-    for part in capture_parts(model, call_arguments(model, example)):
-        inner = None if batches is None else PartBatches(model, part.name, batches)
-        plans[part.name] = job.manager(part.program, inner).propose(part.program)
-    return _finished(_whole(model, plans, reason), job.recipe)
-
-
-def _whole(model: nn.Module, parts: dict[str, Plan], reason: str) -> Plan:
-    """Return the plan of a model of which only parts could be captured."""
-    if not parts:
-        raise CaptureError(f"{reason}; none of its submodules can be captured either")
-    names = ", ".join(parts)
-    totals = [plan.totals for plan in parts.values() if plan.totals is not None]
-    return Plan(
-        model_class=type(model).__name__,
-        notes=(f"only parts are optimized ({names}), because {reason}",),
-        parts=parts,
-        totals=Totals(
-            before=_sum([total.before for total in totals]),
-            after=_sum([total.after for total in totals]),
-        ),
-    )
-
-
-def _sum(costs: Sequence[CostRecord]) -> CostRecord:
-    return CostRecord(
-        flops=sum(cost.flops for cost in costs),
-        size_bytes=sum(cost.size_bytes for cost in costs),
-        parameters=sum(cost.parameters for cost in costs),
-    )
+        arguments = call_arguments(model, example_inputs)
+        return _finished(job.propose_parts(model, arguments, str(error)), job.recipe)
+    return _finished(job.propose(program), job.recipe)
 
 
 def _costs(model: nn.Module, cache: str | Path | None) -> Costs:
@@ -261,27 +223,6 @@ def _refuse_optimized(model: nn.Module) -> None:
         raise ConfigError(
             "this model is already optimized; optimize the dense one, or densify this one first"
         )
-
-
-def _resolved(
-    recipe: Recipe,
-    budget: float | str | None,
-    ignore: Sequence[str],
-    keep: Mapping[str, float | str] | None,
-) -> Recipe:
-    """Return the recipe with what the caller said on top."""
-    share = parse_share(budget, "the budget")
-    shares = {
-        pattern: parse_share(value, f"the share to keep of {pattern!r}")
-        for pattern, value in (keep or {}).items()
-    }
-    return recipe.model_copy(
-        update={
-            "budget": recipe.budget if share is None else share,
-            "ignore": (*recipe.ignore, *ignore),
-            "keep": {**recipe.keep, **shares},
-        }
-    )
 
 
 def _finished(made: Plan, recipe: Recipe) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -105,6 +105,11 @@ class Guard:
             raise ConfigError(f"{score} on the dense model, so it cannot guard anything")
         return GuardCheck(self, tuple(references), score)
 
+    def prepared(self, program: Program, batches: Iterable[Mapping[str, Any]]) -> PreparedGuard:
+        """Return the same guard, which keeps to what this program does now."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        return PreparedGuard(**own, made=self.prepare(program, batches))
+
     def _score(self, program: Program) -> float | str:
         """Return the score, or a sentence that says how it failed."""
         assert self.score is not None
@@ -195,6 +200,21 @@ class GuardCheck:
         if not score >= self.score - guard.max_drop:
             return score, f"{change}, a drop of more than the {guard.max_drop:g} allowed", True
         return score, change, False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedGuard(Guard):
+    """A guard prepared in advance: the dense model counts, also where it has been changed since.
+
+    Attributes:
+        made: What the dense model did.
+    """
+
+    made: GuardCheck
+
+    def prepare(self, program: Program, batches: Iterable[Mapping[str, Any]]) -> GuardCheck:
+        """Return what was prepared."""
+        return self.made
 
 
 def score_name(score: Callable[..., Any]) -> str:

@@ -1,0 +1,252 @@
+"""What `optimize` and `plan` were asked for, resolved, and how it is carried out on a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from graphopt.passes.base import Context, Pass
+from graphopt.passes.budget import parse_budget
+from graphopt.passes.calibration import Calibration
+from graphopt.passes.calls import signature_of
+from graphopt.passes.costs import Costs
+from graphopt.passes.errors import CaptureError, ConfigError, VerificationError
+from graphopt.passes.guard import Guard, PreparedGuard
+from graphopt.passes.manager import PassManager
+from graphopt.passes.plan import CostRecord, Plan, Totals
+from graphopt.passes.program import Program
+
+from .datasets import open_batches
+from .held_out import Batch, Split, split
+from .model_guard import Score, guard_of
+from .parts import Part, PartBatches, capture_parts
+from .recipe_schema import Allocation, Recipe
+from .recipes import load_recipe
+from .runtime import install
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A recipe with what the caller said on top, and data and devices to work with.
+
+    Attributes:
+        recipe: As resolved.
+        calibration: Where batches come from (see `open_batches`), None without data.
+        store: Directory of what can be resumed.
+        tokenizer: Directory with the tokenizer for texts.
+        costs: Measured times, None measures nothing.
+        limit: Accept only the first N changes.
+        seed: Of the solver.
+        score: The user's metric, None without one.
+        max_drop: How much the score may drop.
+        progress: Told about every step.
+    """
+
+    recipe: Recipe
+    calibration: Any
+    store: Path | None
+    tokenizer: Path | None
+    costs: Costs | None
+    limit: int | None
+    seed: int
+    score: Score | None
+    max_drop: float | None
+    progress: Progress | None
+
+    def guard(self, model: nn.Module, *, whole: bool = True) -> Guard | None:
+        """Return the guard of a model's programs, or of its parts' (see `guard_of`)."""
+        return guard_of(
+            model,
+            max_drift=self.recipe.max_drift,
+            min_cosine=self.recipe.min_cosine,
+            score=self.score,
+            max_drop=self.max_drop,
+            whole=whole,
+        )
+
+    def run(self, program: Program) -> Plan:
+        """Change a program of a whole model; return what was done.
+
+        Raises:
+            VerificationError: if the guard's score is not the same when measured twice.
+        """
+        model = program.model
+        data = self._data(model, program.example, by_rows=_has_dynamic_rows(program))
+        guard = self.guard(model)
+        if guard is None or any(parameter.is_meta for parameter in model.parameters()):
+            return self._manager(data.fitted, guard).run(program)
+        for step in self.recipe.build_passes():
+            step.note_unread(program)
+        prepared = guard.prepared(program, data.held_out)
+        made = self._manager(data.fitted, prepared).run(program)
+        return _judged(made, prepared, program, data)
+
+    def propose(self, program: Program) -> Plan:
+        """Return what would be done to a program of a whole model, but for the guard."""
+        data = self._data(program.model, program.example, by_rows=_has_dynamic_rows(program))
+        return self._unguarded(self._manager(data.fitted, None).propose(program))
+
+    def run_parts(self, model: nn.Module, arguments: dict[str, Any], reason: str) -> Plan:
+        """Change and install the parts of a model that can be captured; return what was done.
+
+        The guard looks at the outputs of the model around them.
+
+        Args:
+            model: The model; around its parts it runs as it is.
+            arguments: Canonical arguments of its forward.
+            reason: Why it cannot be captured as a whole.
+
+        Raises:
+            CaptureError: if none of its parts can be captured either.
+        """
+        parts = self._parts(model, arguments, reason)
+        data = self._data(model, arguments)
+        guard = self.guard(model, whole=False)
+        prepared = None if guard is None else guard.prepared(parts[0].program, data.held_out)
+        plans: dict[str, Plan] = {}
+        for part in parts:
+            plans[part.name] = self._part_manager(model, part, data, prepared).run(part.program)
+            install(part.program, plans[part.name])
+        made = _of_parts(model, plans, reason)
+        return made if prepared is None else _judged(made, prepared, parts[-1].program, data)
+
+    def propose_parts(self, model: nn.Module, arguments: dict[str, Any], reason: str) -> Plan:
+        """Return what would be done to the parts of a model; arguments as in `run_parts`."""
+        parts = self._parts(model, arguments, reason)
+        data = self._data(model, arguments)
+        plans = {
+            part.name: self._part_manager(model, part, data, None).propose(part.program)
+            for part in parts
+        }
+        return self._unguarded(_of_parts(model, plans, reason))
+
+    @property
+    def _is_guarded(self) -> bool:
+        limits = (self.recipe.max_drift, self.recipe.min_cosine, self.score)
+        return any(limit is not None for limit in limits)
+
+    def _unguarded(self, made: Plan) -> Plan:
+        if not self._is_guarded:
+            return made
+        note = "a plan is not checked against the guard; optimize may give changes up"
+        return made.model_copy(update={"notes": (*made.notes, note)})
+
+    def _data(self, model: nn.Module, example: Batch, *, by_rows: bool = True) -> Split:
+        """Return the batches to fit changes to and, under a guard, those to check them on."""
+        if self.calibration is None:
+            note = "the guard was checked on the example inputs: there is no calibration data"
+            return Split(None, (example,), note)
+        batches = open_batches(
+            self.calibration,
+            model_arguments=tuple(signature_of(model).parameters),
+            tokenizer_dir=self.tokenizer,
+        )
+        return split(batches, by_rows=by_rows) if self._is_guarded else Split(batches, ())
+
+    def _parts(self, model: nn.Module, arguments: dict[str, Any], reason: str) -> list[Part]:
+        budget = parse_budget(self.recipe.budget)
+        if budget is not None and not budget.relative:
+            raise ConfigError(
+                f"a budget of {budget} is for the whole model, of which only parts can be captured "
+                f"({reason}); pass a share such as '60%'"
+            )
+        parts = capture_parts(model, arguments)
+        if not parts:
+            raise CaptureError(f"{reason}; none of its submodules can be captured either")
+        return parts
+
+    def _part_manager(
+        self, model: nn.Module, part: Part, data: Split, guard: Guard | None
+    ) -> PassManager:
+        fitted = None if data.fitted is None else PartBatches(model, part.name, data.fitted)
+        return self._manager(fitted, guard)
+
+    def _manager(
+        self, batches: Iterable[Mapping[str, Any]] | None, guard: Guard | None
+    ) -> PassManager:
+        calibration = None
+        if batches is not None:
+            calibration = Calibration(batches, store=self.store, progress=self.progress)
+        recipe = self.recipe
+        return PassManager(
+            passes=recipe.build_passes(),
+            context=Context(
+                training=recipe.training,
+                ignore=recipe.ignore,
+                keep=recipe.keep,
+                calibration=calibration,
+                costs=self.costs,
+            ),
+            budget=parse_budget(recipe.budget),
+            allocation=recipe.allocation,
+            guard=guard,
+            seed=self.seed,
+            store=self.store,
+            limit=self.limit,
+            progress=self.progress,
+        )
+
+
+def resolve_recipe(
+    recipe: str | Path | Recipe | Sequence[str | Pass],
+    *,
+    ignore: Sequence[str],
+    allocation: str | None,
+    **settings: Any,
+) -> Recipe:
+    """Return a recipe with what the caller said on top; what is None stays as it is.
+
+    Raises:
+        ConfigError: if there is no such recipe, or a value is not valid.
+    """
+    if allocation is not None and allocation not in get_args(Allocation):
+        known = " or ".join(map(repr, get_args(Allocation)))
+        raise ConfigError(f"allocation must be {known}, got {allocation!r}")
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return load_recipe(recipe).with_settings(allocation=allocation, ignore=patterns, **settings)
+
+
+def _judged(made: Plan, guard: PreparedGuard, program: Program, data: Split) -> Plan:
+    """Return the plan with what the guard finds in the end."""
+    check = guard.made
+    verdict = check.check(program)
+    if not verdict.ok:
+        raise VerificationError(
+            f"the guard held after every change, and at last it does not: {verdict.sentence}; "
+            "a score must give the same number for the same model"
+        )
+    notes = made.notes if data.note is None else (*made.notes, data.note)
+    return made.model_copy(update={"guard": check.record(verdict), "notes": notes})
+
+
+def _of_parts(model: nn.Module, parts: dict[str, Plan], reason: str) -> Plan:
+    """Return the plan of a model of which only parts could be captured."""
+    names = ", ".join(parts)
+    totals = [plan.totals for plan in parts.values() if plan.totals is not None]
+    return Plan(
+        model_class=type(model).__name__,
+        notes=(f"only parts are optimized ({names}), because {reason}",),
+        parts=parts,
+        totals=Totals(
+            before=_sum([total.before for total in totals]),
+            after=_sum([total.after for total in totals]),
+        ),
+    )
+
+
+def _sum(costs: Sequence[CostRecord]) -> CostRecord:
+    return CostRecord(
+        flops=sum(cost.flops for cost in costs),
+        size_bytes=sum(cost.size_bytes for cost in costs),
+        parameters=sum(cost.parameters for cost in costs),
+    )
+
+
+def _has_dynamic_rows(program: Program) -> bool:
+    return any(0 in dimensions for dimensions in program.dynamic_dimensions().values())
