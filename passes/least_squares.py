@@ -9,7 +9,7 @@ variance of a channel, so they do not depend on the scale of the data. The modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "LinearFit",
     "channels_of_groups",
     "eliminate_groups",
+    "elimination_order",
     "factorize_whitened",
     "fit_linear",
     "kept_group_count",
@@ -186,12 +187,61 @@ def eliminate_groups(
     groups = _group_count(covariance.shape[0], group_size)
     if not 1 <= keep <= groups or step < 1:
         raise ValueError(f"expected 1 <= keep <= {groups} and step >= 1, got {keep} and {step}")
+    gone = _eliminations(covariance, weight, keep, group_size, damping, lambda _: step)
+    left = torch.ones(groups, dtype=torch.bool, device=covariance.device)
+    for removed in gone:
+        left[removed] = False
+    return left.nonzero().squeeze(1)
+
+
+def elimination_order(
+    covariance: Tensor, weight: Tensor, *, group_size: int = 1, damping: float = 0.01
+) -> Tensor:
+    """Return all groups in the order in which `eliminate_groups` would remove them.
+
+    The kept sets of all sizes nest, so one run serves every size. At most a 64th of all groups
+    and a 16th of those left go between two rescorings.
+    Cost: about 110 rescorings for many groups, O(channels^3) in all.
+
+    Args:
+        covariance: Of the inputs [channels, channels].
+        weight: [outputs, channels].
+        group_size: Channels per group.
+        damping: Ridge, as a share of the mean variance.
+
+    Returns:
+        Indices of the groups, the one that stays longest last [groups].
+    """
+    groups = _group_count(covariance.shape[0], group_size)
+
+    def step(alive: int) -> int:
+        return max(1, min(groups // 64, alive // 16))
+
+    gone = torch.cat(
+        [*_eliminations(covariance, weight, 1, group_size, damping, step)]
+        or [torch.zeros(0, dtype=torch.long, device=covariance.device)]
+    )
+    last = torch.ones(groups, dtype=torch.bool, device=covariance.device)
+    last[gone] = False
+    return torch.cat([gone, last.nonzero().squeeze(1)])
+
+
+def _eliminations(
+    covariance: Tensor,
+    weight: Tensor,
+    keep: int,
+    group_size: int,
+    damping: float,
+    step: Callable[[int], int],
+) -> Iterator[Tensor]:
+    """Yield the groups that go together, those that matter least first."""
     inverse = _inverse(_damped(covariance.double(), damping))
     fitted = weight.detach().double().T.clone()
-    alive = torch.arange(groups, device=covariance.device)
+    alive = torch.arange(inverse.shape[0] // group_size, device=covariance.device)
     while alive.numel() > keep:
-        count = min(step, alive.numel() - keep)
+        count = min(step(alive.numel()), alive.numel() - keep)
         order = _removal_errors(inverse, fitted, group_size).sort(stable=True).indices
+        yield alive[order[:count]]
         gone, left = order[:count].sort().values, order[count:].sort().values
         s, r = channels_of_groups(gone, group_size), channels_of_groups(left, group_size)
         cross = inverse[r][:, s]
@@ -199,7 +249,6 @@ def eliminate_groups(
         fitted = fitted[r].addmm_(cross, solved[:, r.numel() :], alpha=-1)
         inverse = inverse[r][:, r].addmm_(cross, solved[:, : r.numel()], alpha=-1)
         alive = alive[left]
-    return alive
 
 
 def fit_linear(

@@ -50,6 +50,9 @@ def candidate_of(
             size_bytes=before.size_bytes - removed * layer.weight.element_size(),
             parameters=before.parameters - removed,
         ),
+        exclusive=frozenset(
+            f"{name}.{layer.weight_name} {claim}" for claim in ("structure", "format")
+        ),
     )
 
 

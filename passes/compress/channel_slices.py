@@ -10,10 +10,10 @@ from torch import nn
 
 from graphopt.passes.axes import ChannelGroup, Member
 from graphopt.passes.axis_sizes import attributes_with
-from graphopt.passes.base import State, set_tensor, shared_names
+from graphopt.passes.base import Change, State, set_tensor, shared_names
 from graphopt.passes.facts import attribute_of
 from graphopt.passes.program import Program
-from graphopt.passes.ranges import format_ranges
+from graphopt.passes.ranges import format_ranges, parse_ranges
 
 
 def sliced(program: Program, group: ChannelGroup, kept: list[int]) -> State:
@@ -72,6 +72,24 @@ def slice_details(program: Program, group: ChannelGroup, kept: list[int]) -> dic
         "slices": slices,
         "attributes": attributes,
     }
+
+
+def widened(program: Program, change: Change, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Return a parameter that a change has cut at its full size again: zeros for what went.
+
+    Args:
+        program: The program without the change.
+        change: What `slice_details` describes.
+        name: The parameter.
+        value: Its value after the change.
+    """
+    value = value.to(attribute_of(program, name))
+    for dim, size, kept in change.details["slices"].get(name, ()):
+        full = list(value.shape)
+        full[dim] = size
+        indices = torch.tensor(parse_ranges(kept, size), device=value.device)
+        value = value.new_zeros(full).index_copy(dim, indices, value)
+    return value
 
 
 def set_everywhere(model: nn.Module, name: str, value: torch.Tensor) -> None:

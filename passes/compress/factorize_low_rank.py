@@ -6,6 +6,7 @@ after:  y = up (down x) + b',  rank r < in * out / (in + out)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -26,6 +27,7 @@ from graphopt.passes.base import (
     State,
     replace_module,
 )
+from graphopt.passes.compress.levels import slower
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import PlanError, PreconditionError
 from graphopt.passes.facts import facts_of, total_cost
@@ -34,6 +36,8 @@ from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.replaceability import left_dense
 from graphopt.passes.uniform_share import largest_share
+
+_MOST_LEVELS = 8
 
 
 class _Factorization(Details):
@@ -77,31 +81,50 @@ class FactorizeLowRank(Pass):
     def propose(self, program: Program, context: Context) -> Proposal:
         """Propose the same share of operations for every layer that can be factorized."""
         candidates: list[Candidate] = []
-        misses: list[Miss] = []
-        heads = output_heads(program)
-        layers: dict[str, nn.Linear] = {}
-        for node, layer in program.leaf_calls(nn.Linear):
-            name = str(node.target)
-            if type(layer) is not nn.Linear or name in layers:
-                continue
-            reason = self._refusal(program, context, name, layer, heads)
-            if reason is None:
-                layers[name] = layer
-            else:
-                misses.append(self._miss(name, reason))
+        layers, misses = self._layers(program, context)
         for name, rank in self._ranks(program, context, layers).items():
             if rank is None:
                 misses.append(self._miss(name, "all of it fits the budget"))
                 continue
             candidate = self._candidate(program, name, layers[name], rank)
             if context.costs is not None:
-                candidate, reason = _measured(program, candidate, context)
-                if reason is not None:
+                candidate, ratio = _measured(program, candidate, context)
+                if ratio <= 1:
+                    reason = f"rank {rank} measured {ratio:.2f}x, kept dense"
                     misses.append(self._miss(name, reason))
                     continue
             candidates.append(candidate)
-        unique = dict.fromkeys(misses)
-        return Proposal(candidates=tuple(candidates), misses=tuple(unique))
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def offer(self, program: Program, context: Context) -> Proposal:
+        """Offer ranks in even steps for every layer, from the highest that saves operations."""
+        candidates: list[Candidate] = []
+        layers, misses = self._layers(program, context)
+        for name, layer in layers.items():
+            if context.kept_share(0.0, name) == 1:
+                misses.append(self._miss(name, "it is kept whole by a pattern"))
+                continue
+            refused: list[tuple[str, float]] = []
+            for rank in self._levels(layer):
+                candidate = self._candidate(program, name, layer, rank)
+                if context.costs is not None:
+                    candidate, ratio = _measured(program, candidate, context)
+                    if ratio <= 1:
+                        refused.append((f"rank {rank}", ratio))
+                        continue
+                candidates.append(candidate)
+            if refused:
+                misses.append(self._miss(name, slower(refused)))
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
+        """Return the product of the factors, and the bias."""
+        name = change.target
+        product = state[f"{name}.up"].double() @ state[f"{name}.down"].double()
+        dense = {f"{name}.weight": product.to(state[f"{name}.up"].dtype)}
+        if f"{name}.bias" in state:
+            dense[f"{name}.bias"] = state[f"{name}.bias"]
+        return dense
 
     def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
         """Predict the error on the calibration data as it reaches the layer now."""
@@ -158,6 +181,31 @@ class FactorizeLowRank(Pass):
 
     def _miss(self, target: str, reason: str) -> Miss:
         return Miss(pass_name=self.name, target=target, reason=reason)
+
+    def _layers(
+        self, program: Program, context: Context
+    ) -> tuple[dict[str, nn.Linear], list[Miss]]:
+        """Return the layers that can be factorized, and why the others cannot."""
+        misses: dict[Miss, None] = {}
+        heads = output_heads(program)
+        layers: dict[str, nn.Linear] = {}
+        for node, layer in program.leaf_calls(nn.Linear):
+            name = str(node.target)
+            if type(layer) is not nn.Linear or name in layers:
+                continue
+            reason = self._refusal(program, context, name, layer, heads)
+            if reason is None:
+                layers[name] = layer
+            else:
+                misses[self._miss(name, reason)] = None
+        return layers, list(misses)
+
+    def _levels(self, layer: nn.Linear) -> list[int]:
+        """Return the ranks to offer, highest first: at most eight even steps."""
+        step = self.round_to
+        while _full_rank(layer) / step > _MOST_LEVELS:
+            step += self.round_to
+        return list(range(step, math.ceil(_full_rank(layer)), step))[::-1]
 
     def _refusal(
         self,
@@ -229,13 +277,12 @@ class FactorizeLowRank(Pass):
                 size_bytes=before.size_bytes - removed * layer.weight.element_size(),
                 parameters=before.parameters - removed,
             ),
+            exclusive=frozenset({f"{name}.weight structure", f"{name}.weight format"}),
         )
 
 
-def _measured(
-    program: Program, candidate: Candidate, context: Context
-) -> tuple[Candidate, str | None]:
-    """Return the candidate with its times, and why it is refused, None if it is faster."""
+def _measured(program: Program, candidate: Candidate, context: Context) -> tuple[Candidate, float]:
+    """Return the candidate with its times, and how many times faster it is."""
     assert context.costs is not None
     details, layer = _checked(program, candidate.change)
     factors = LowRankLinear(
@@ -255,9 +302,7 @@ def _measured(
         before=replace(candidate.before, latency_ms=times.dense_ms),
         after=replace(candidate.after, latency_ms=times.candidate_ms),
     )
-    if times.ratio > 1:
-        return timed, None
-    return timed, f"rank {details.rank} measured {times.ratio:.2f}x, kept dense"
+    return timed, times.ratio
 
 
 def _factors(program: Program, change: Change, context: Context) -> Factors:

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, final
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from graphopt.passes.axes import ChannelGroup, Member, axes_of
+from graphopt.passes.axes import ChannelGroup, axes_of
 from graphopt.passes.axis_sizes import attributes_with, resize_arguments
-from graphopt.passes.base import (
-    Candidate,
-    Change,
-    Context,
-    Cost,
-    Miss,
-    Pass,
-    Proposal,
-    State,
-)
+from graphopt.passes.base import Candidate, Change, Context, Miss, Pass, Proposal, State
+from graphopt.passes.compress.channel_costs import candidate_of, levels_of, measured, target_of
+from graphopt.passes.compress.channel_fit import ChannelFit, consumers
 from graphopt.passes.compress.channel_slices import (
     set_everywhere,
     slice_details,
     sliced,
+    widened,
 )
+from graphopt.passes.compress.levels import slower
 from graphopt.passes.compress.scores import check_scores
-from graphopt.passes.contraction_times import compare_sizes
-from graphopt.passes.contractions import Contraction, contraction_of
 from graphopt.passes.errors import PlanError, PreconditionError
-from graphopt.passes.facts import attribute_of, facts_of, total_cost
-from graphopt.passes.least_squares import (
-    LinearFit,
-    eliminate_groups,
-    fit_linear,
-    kept_group_count,
-    magnitude_scores,
-    obs_scores,
-    select_groups,
-    weigh_outputs,
-)
+from graphopt.passes.facts import attribute_of, total_cost
+from graphopt.passes.least_squares import kept_group_count
 from graphopt.passes.program import Program
 from graphopt.passes.ranges import parse_ranges
-from graphopt.passes.scaling import flops_with, parameters_with
-from graphopt.passes.sensitivity import reaches_outputs
+from graphopt.passes.scaling import flops_with
 from graphopt.passes.uniform_share import largest_share
 
 _KINDS = ("heads", "hidden units", "channels")
@@ -103,14 +86,7 @@ class PruneChannels(Pass):
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Propose the same share for every group that can be pruned."""
-        groups: list[ChannelGroup] = []
-        misses: list[Miss] = []
-        for group in axes_of(program).groups():
-            reason = _refusal(group, context)
-            if reason is None:
-                groups.append(group)
-            else:
-                misses.append(Miss(pass_name=self.name, target=_target(group), reason=reason))
+        groups, misses = self._groups(program, context)
         candidates: dict[int, Candidate] = {}
         slow = True
         while slow:
@@ -120,27 +96,62 @@ class PruneChannels(Pass):
                 if sizes[group.axis] == group.size:
                     continue
                 smaller = {g.axis: sizes[g.axis] for g in groups[: groups.index(group)]}
-                candidate, reason = _measured(program, group, smaller, sizes[group.axis], context)
-                candidates[group.axis] = candidate
-                if reason is not None:
-                    misses.append(Miss(pass_name=self.name, target=_target(group), reason=reason))
+                size = sizes[group.axis]
+                candidates[group.axis], ratio = measured(
+                    program,
+                    group,
+                    candidate_of(self.name, program, group, smaller, size),
+                    context.costs,
+                    training=context.training,
+                )
+                if ratio is not None and ratio <= 1:
+                    text = f"{size} of {group.size} {group.kind} measured {ratio:.2f}x"
+                    misses.append(self._miss(group, f"{text}, kept as it is"))
                     groups.remove(group)
                     slow = True
         for group in groups:
             if sizes[group.axis] == group.size:
                 reason = self._whole(group, context)
-                misses.append(Miss(pass_name=self.name, target=_target(group), reason=reason))
+                misses.append(self._miss(group, reason))
         misses.extend(self._shortfall(program, context, groups, sizes))
         changed = [candidates[g.axis] for g in groups if sizes[g.axis] != g.size]
         return Proposal(candidates=tuple(changed), misses=tuple(misses))
+
+    def offer(self, program: Program, context: Context) -> Proposal:
+        """Offer even steps of every group's size, for heads every number, down to the smallest."""
+        groups, misses = self._groups(program, context)
+        candidates: list[Candidate] = []
+        for group in groups:
+            if context.kept_share(0.0, *_names(group)) == 1:
+                misses.append(self._miss(group, "it is kept whole by a pattern"))
+                continue
+            refused: list[tuple[str, float]] = []
+            for size in levels_of(group, self._step(group)):
+                candidate, ratio = measured(
+                    program,
+                    group,
+                    candidate_of(self.name, program, group, {}, size),
+                    context.costs,
+                    training=context.training,
+                )
+                if ratio is None or ratio > 1:
+                    candidates.append(candidate)
+                else:
+                    refused.append((f"{size} of {group.size} {group.kind}", ratio))
+            if refused:
+                misses.append(self._miss(group, slower(refused)))
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
 
     def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
         """Choose the units that stay, on the program as it is now."""
         change = candidate.change
         group = axes_of(program).group(change.details["group"])
-        count = int(change.details["count"])
-        kept = self._select(program, group, count, context)
-        error = self._predicted_error(program, group, kept, context)
+        fit = self._fit(program, context)
+        kept = fit.kept(group, int(change.details["count"]))
+        error: float | None = None
+        if self.repair and context.calibration is not None:
+            errors = [fitted.relative_error**0.5 for _, fitted in fit.fits(group, kept)]
+            error = max(errors, default=None)
         details = slice_details(program, group, kept)
         return replace(candidate, change=replace(change, details=details), predicted_error=error)
 
@@ -150,13 +161,28 @@ class PruneChannels(Pass):
         kept = parse_ranges(change.details["kept"], group.size)
         state = sliced(program, group, kept)
         if self.repair and context.calibration is not None:
-            for contraction in _consumers(program, group):
-                fit = self._fitted(program, group, contraction, kept, context)
+            for contraction, fitted in self._fit(program, context).fits(group, kept):
                 weight = attribute_of(program, contraction.parameter).detach()
-                state[contraction.parameter] = contraction.weight(fit.weight, weight)
+                state[contraction.parameter] = contraction.weight(fitted.weight, weight)
                 if contraction.bias is not None:
-                    state[contraction.bias] = fit.bias
+                    state[contraction.bias] = fitted.bias
         return state
+
+    def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
+        """Return what reads the units, with zeros for those that go, and the repaired biases.
+
+        None where no parameter reads them.
+        """
+        group = axes_of(program).group(change.details["group"])
+        readers = {member.parameter for member in group.of("consumer")}
+        if not readers:
+            return None
+        biases = {item.bias for item in consumers(program, group) if item.bias is not None}
+        return {
+            name: widened(program, change, name, value)
+            for name, value in state.items()
+            if name in readers | biases
+        }
 
     def apply(self, program: Program, change: Change) -> None:
         """Resize members, module attributes and the sizes in the graph."""
@@ -164,10 +190,10 @@ class PruneChannels(Pass):
         group = axes_of(program).group(str(details.get("group")))
         kept = parse_ranges(details.get("kept"), group.size)
         if not group.prunable:
-            raise PlanError(f"{_target(group)} cannot be pruned: {group.reasons[0]}")
+            raise PlanError(f"{_label(group)} cannot be pruned: {group.reasons[0]}")
         if details != slice_details(program, group, kept):
             raise PlanError(
-                f"the change of {_target(group)} does not describe this model; "
+                f"the change of {_label(group)} does not describe this model; "
                 "was the plan edited or made for another model?"
             )
         sizes = {group.axis: len(kept)}
@@ -195,6 +221,26 @@ class PruneChannels(Pass):
         for module, values in change.details["attributes"].items():
             for attribute, (before, _) in values.items():
                 setattr(model.get_submodule(module), attribute, before)
+
+    def _fit(self, program: Program, context: Context) -> ChannelFit:
+        return ChannelFit(
+            program, context.calibration, by_obs=self.scores != "magnitude", damping=self.damping
+        )
+
+    def _groups(self, program: Program, context: Context) -> tuple[list[ChannelGroup], list[Miss]]:
+        """Return the groups that can be pruned, and why the others cannot."""
+        groups: list[ChannelGroup] = []
+        misses: list[Miss] = []
+        for group in axes_of(program).groups():
+            reason = _refusal(group, context)
+            if reason is None:
+                groups.append(group)
+            else:
+                misses.append(self._miss(group, reason))
+        return groups, misses
+
+    def _miss(self, group: ChannelGroup, reason: str) -> Miss:
+        return Miss(pass_name=self.name, target=_label(group), reason=reason)
 
     def _whole(self, group: ChannelGroup, context: Context) -> str:
         """Say why a group that could be pruned keeps all its units."""
@@ -266,108 +312,14 @@ class PruneChannels(Pass):
                 break
         return sizes(share, head_loss)
 
-    def _select(
-        self, program: Program, group: ChannelGroup, count: int, context: Context
-    ) -> list[int]:
-        contractions = list(_consumers(program, group))
-        uniform = len({len(unit) for c in group.of("consumer") for unit in c.units()}) == 1
-        if (
-            self.scores == "magnitude"
-            or context.calibration is None
-            or not contractions
-            or not uniform
-        ):
-            return select_groups(_magnitudes(program, group), count).tolist()
-        inputs = {c.inputs for c in contractions}
-        if len(inputs) == 1 and len({c.window for c in contractions}) == 1:
-            covariance, weight, size = self._problem(program, group, contractions, context)
-            step = max(1, (group.size - count) // 64)
-            return eliminate_groups(
-                covariance, weight, count, group_size=size, step=step, damping=0.01
-            ).tolist()
-        scores = torch.zeros(group.size, dtype=torch.float64)
-        for contraction in contractions:
-            covariance, weight, size = self._problem(program, group, [contraction], context)
-            scores += obs_scores(covariance, weight, group_size=size).cpu()
-        return select_groups(scores, count).tolist()
-
-    def _problem(
-        self,
-        program: Program,
-        group: ChannelGroup,
-        contractions: list[Contraction],
-        context: Context,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return covariance, stacked weights and channels per unit, unit by unit in order."""
-        assert context.calibration is not None
-        first = contractions[0]
-        member = _member(group, first)
-        channels = [index for unit in member.units() for index in unit]
-        order = first.columns(channels)
-        weight = torch.cat(
-            [c.matrix(attribute_of(program, c.parameter).detach())[:, order] for c in contractions]
-        )
-        place = _place(program, member) if len(contractions) == 1 else None
-        if place is None:
-            statistics = context.calibration.statistics(program, first.inputs, first.unfold)
-        else:
-            weighted = context.calibration.weighted_statistics(
-                program, first.inputs[0], first.unfold, place
-            )
-            statistics, weight = weighted.gram, weigh_outputs(weight, weighted.metric)
-        covariance = statistics.covariance[order][:, order]
-        return covariance, weight, len(order) // group.size
-
-    def _fitted(
-        self,
-        program: Program,
-        group: ChannelGroup,
-        contraction: Contraction,
-        kept: list[int],
-        context: Context,
-    ) -> LinearFit:
-        """Refit a consumer on its kept inputs; without a bias, through the origin."""
-        assert context.calibration is not None
-        place = _place(program, _member(group, contraction))
-        statistics = (
-            context.calibration.statistics(program, contraction.inputs, contraction.unfold)
-            if place is None
-            else context.calibration.weighted_statistics(
-                program, contraction.inputs[0], contraction.unfold, place
-            ).gram
-        )
-        bias = None
-        if contraction.bias is not None:
-            bias = attribute_of(program, contraction.bias).detach()
-        return fit_linear(
-            statistics.uncentered() if bias is None else statistics,
-            contraction.matrix(attribute_of(program, contraction.parameter).detach()),
-            bias,
-            contraction.columns(_member(group, contraction).indices(kept)),
-            damping=self.damping,
-        )
-
-    def _predicted_error(
-        self, program: Program, group: ChannelGroup, kept: list[int], context: Context
-    ) -> float | None:
-        """Return the largest relative output error of the consumers, on the calibration data."""
-        if context.calibration is None or not self.repair:
-            return None
-        errors = [
-            self._fitted(program, group, contraction, kept, context).relative_error ** 0.5
-            for contraction in _consumers(program, group)
-        ]
-        return max(errors, default=None)
-
 
 def _names(group: ChannelGroup) -> list[str]:
     """Return the names a pattern can match: the parameters that make or consume the units."""
     return [member.parameter for member in group.members if member.role in ("producer", "consumer")]
 
 
-def _target(group: ChannelGroup) -> str:
-    producers = group.of("producer") or group.members
-    return f"{producers[0].parameter} ({group.size} {group.kind})"
+def _label(group: ChannelGroup) -> str:
+    return f"{target_of(group)} ({group.size} {group.kind})"
 
 
 def _refusal(group: ChannelGroup, context: Context) -> str | None:
@@ -381,83 +333,3 @@ def _refusal(group: ChannelGroup, context: Context) -> str | None:
     if group.size == 1:
         return "it has one unit only"
     return None
-
-
-def _consumers(program: Program, group: ChannelGroup) -> Iterator[Contraction]:
-    """Yield the consumers that can be fitted: those that use their weight in no other way."""
-    for member in group.of("consumer"):
-        alone = sum(other.parameter == member.parameter for other in group.members) == 1
-        contraction = contraction_of(program, member) if alone else None
-        if contraction is not None:
-            yield contraction
-
-
-def _place(program: Program, member: Member) -> fx.Node | None:
-    """Return the node of a consumer's output if there is one, and the outputs depend on it."""
-    if len(member.nodes) != 1 or len(member.inputs) != 1:
-        return None
-    return member.nodes[0] if reaches_outputs(program, member.nodes[0]) else None
-
-
-def _member(group: ChannelGroup, contraction: Contraction) -> Member:
-    return next(m for m in group.of("consumer") if m.parameter == contraction.parameter)
-
-
-def _magnitudes(program: Program, group: ChannelGroup) -> torch.Tensor:
-    """Return the product, over producers and consumers, of the norms of a unit's weights."""
-    weights = []
-    for member in group.members:
-        if member.role in ("producer", "consumer"):
-            value = attribute_of(program, member.parameter).detach().double()
-            norms = value.movedim(member.dim, -1).reshape(-1, value.shape[member.dim]).norm(dim=0)
-            weights.append(torch.stack([norms[unit].norm() for unit in member.units()]))
-    return magnitude_scores(weights)
-
-
-def _candidate(
-    program: Program, group: ChannelGroup, earlier: Mapping[int, int], size: int
-) -> Candidate:
-    """Return a candidate with what it saves once the axes before it have their new sizes."""
-    facts = facts_of(program)
-    nodes = dict.fromkeys(node for member in group.members for node in member.nodes)
-    before = facts.cost(node for node in nodes if node in facts.nodes)
-    later = {**earlier, group.axis: size}
-    saved = flops_with(program, earlier) - flops_with(program, later)
-    removed = parameters_with(program, earlier) - parameters_with(program, later)
-    width = before.size_bytes // max(before.parameters, 1)
-    after = Cost(
-        flops=before.flops - saved,
-        parameters=before.parameters - removed,
-        size_bytes=before.size_bytes - removed * width,
-    )
-    change = Change(
-        pass_name=PruneChannels.name,
-        target=_target(group).partition(" ")[0],
-        summary=f"{group.size} -> {size} {group.kind}",
-        details={"group": group.key, "count": size},
-    )
-    return Candidate(change=change, before=before, after=after)
-
-
-def _measured(
-    program: Program,
-    group: ChannelGroup,
-    earlier: Mapping[int, int],
-    size: int,
-    context: Context,
-) -> tuple[Candidate, str | None]:
-    """Return the candidate with its times, and why it is refused, None if it is not."""
-    candidate = _candidate(program, group, earlier, size)
-    if context.costs is None:
-        return candidate, None
-    times = compare_sizes(program, group, size, context.costs, training=context.training)
-    if times is None:
-        return candidate, None
-    timed = replace(
-        candidate,
-        before=replace(candidate.before, latency_ms=times.dense_ms),
-        after=replace(candidate.after, latency_ms=times.candidate_ms),
-    )
-    if times.ratio > 1:
-        return timed, None
-    return timed, f"{size} of {group.size} {group.kind} measured {times.ratio:.2f}x, kept as it is"

@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from graphopt.kernels import BlockSparseLinear
+from graphopt.kernels import BlockLayout, BlockSparseLinear
 from graphopt.kernels.block_presets import block_sizes
 from graphopt.passes.base import (
     Candidate,
@@ -29,6 +29,7 @@ from graphopt.passes.compress.block_details import BlockSizes, Sparsification, c
 from graphopt.passes.compress.block_fit import BlockChoice, choose_blocks
 from graphopt.passes.compress.block_order import reorderings
 from graphopt.passes.compress.channel_slices import permuted
+from graphopt.passes.compress.levels import slower
 from graphopt.passes.compress.scores import check_scores
 from graphopt.passes.dense_form import dense_form, remember_dense
 from graphopt.passes.details import read_details
@@ -41,6 +42,7 @@ from graphopt.passes.propagation import refresh
 from graphopt.passes.replaceability import left_dense
 from graphopt.passes.uniform_share import largest_share
 
+_MOST_LEVELS = 6
 _CLOSE = 1.05
 """Row tiles that are slower than the fastest by less than this are as good, if they are smaller."""
 
@@ -94,31 +96,19 @@ class SparsifyBlocks(Pass):
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Propose the same density for every layer that can be sparse."""
-        layers: dict[str, LinearLayer] = {}
-        misses: list[Miss] = []
-        tiles: dict[str, list[tuple[int, int]]] = {}
-        heads = output_heads(program)
-        for name, layer in linear_layers(program):
-            reason = left_dense(program, context, name, heads)
-            if reason is None:
-                try:
-                    tiles[name] = self._tiles(layer, context)
-                except ValueError as error:
-                    reason = str(error)
-            if reason is None:
-                layers[name] = layer
-            else:
-                misses.append(self._miss(name, reason))
+        layers, tiles, misses = self._layers(program, context)
         candidates: dict[str, Candidate] = {}
         slow = True
         while slow:
             kept = self._kept(program, context, layers, tiles)
             slow = False
             for name in [name for name, count in kept.items() if count is not None]:
-                candidates[name], reason = self._fastest(
+                candidates[name], ratio = self._fastest(
                     program, context, name, layers[name], tiles[name], kept[name] or 0
                 )
-                if reason is not None:
+                if ratio is not None and ratio <= 1:
+                    height = candidates[name].change.details["block_out"]
+                    reason = f"{height}-row blocks measured {ratio:.2f}x, kept dense"
                     misses.append(self._miss(name, reason))
                     del layers[name]
                     slow = True
@@ -127,6 +117,50 @@ class SparsifyBlocks(Pass):
         if self.permute:
             chosen = _with_units(program, layers, chosen)
         return Proposal(candidates=tuple(chosen.values()), misses=tuple(misses))
+
+    def offer(self, program: Program, context: Context) -> Proposal:
+        """Offer densities in even steps for every layer, units in the order they have.
+
+        An order is best for all sparse layers of a group at once, and which will be is not known.
+        """
+        layers, tiles, misses = self._layers(program, context)
+        candidates: list[Candidate] = []
+        for name, layer in layers.items():
+            if context.kept_share(0.0, name) == 1:
+                misses.append(self._miss(name, "it is kept whole by a pattern"))
+                continue
+            groups = layer.in_features // tiles[name][0][1]
+            step = -(-groups // _MOST_LEVELS)
+            refused: list[tuple[str, float]] = []
+            for kept in range(groups - step, 0, -step):
+                candidate, ratio = self._fastest(program, context, name, layer, tiles[name], kept)
+                if ratio is None or ratio > 1:
+                    candidates.append(candidate)
+                else:
+                    refused.append((f"{kept / groups:.0%} of its blocks", ratio))
+            if refused:
+                misses.append(self._miss(name, slower(refused)))
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
+        """Return the weight with zeros for missing blocks, and what was put into another order."""
+        details, layer = checked(program, change)
+        name = change.target
+        layout = BlockLayout(
+            out_features=details.out_features,
+            in_features=details.in_features,
+            block_out=details.block_out,
+            block_in=details.block_in,
+            rows=state[f"{name}.rows"],
+            columns=state[f"{name}.columns"],
+        )
+        matrix = layout.unpack(state[f"{name}.values"])
+        own = {f"{name}.{key}" for key in ("values", "rows", "columns", "bias")}
+        dense = {key: value for key, value in state.items() if key not in own}
+        dense[f"{name}.{layer.weight_name}"] = matrix.t() if layer.transposed else matrix
+        if layer.bias_name is not None:
+            dense[f"{name}.{layer.bias_name}"] = state[f"{name}.bias"]
+        return dense
 
     def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
         """Predict the error on the calibration data as it reaches the layer now."""
@@ -185,6 +219,27 @@ class SparsifyBlocks(Pass):
     def _miss(self, target: str, reason: str) -> Miss:
         return Miss(pass_name=self.name, target=target, reason=reason)
 
+    def _layers(
+        self, program: Program, context: Context
+    ) -> tuple[dict[str, LinearLayer], dict[str, list[tuple[int, int]]], list[Miss]]:
+        """Return the layers that can be sparse, block sizes to try, and why others cannot."""
+        layers: dict[str, LinearLayer] = {}
+        misses: list[Miss] = []
+        tiles: dict[str, list[tuple[int, int]]] = {}
+        heads = output_heads(program)
+        for name, layer in linear_layers(program):
+            reason = left_dense(program, context, name, heads)
+            if reason is None:
+                try:
+                    tiles[name] = self._tiles(layer, context)
+                except ValueError as error:
+                    reason = str(error)
+            if reason is None:
+                layers[name] = layer
+            else:
+                misses.append(self._miss(name, reason))
+        return layers, tiles, misses
+
     def _tiles(self, layer: LinearLayer, context: Context) -> list[tuple[int, int]]:
         """Return the block sizes to try; ValueError says why there are none."""
         out, inputs = layer.matrix.shape
@@ -236,8 +291,8 @@ class SparsifyBlocks(Pass):
         layer: LinearLayer,
         tiles: list[tuple[int, int]],
         kept: int,
-    ) -> tuple[Candidate, str | None]:
-        """Return the candidate that measured fastest, and why it is refused, None if it is not."""
+    ) -> tuple[Candidate, float | None]:
+        """Return the candidate that measured fastest, and how much faster, None if unknown."""
         cost = facts_of(program).cost(program.calls(name))
         candidates = [
             candidate_of(self.name, name, layer, cost, _sizes(layer, rows, columns, kept))
@@ -254,10 +309,7 @@ class SparsifyBlocks(Pass):
             ((c, r) for c, r in timed if r * _CLOSE >= most),
             key=lambda pair: int(pair[0].change.details["block_out"]),
         )
-        if ratio > 1:
-            return candidate, None
-        height = candidate.change.details["block_out"]
-        return candidate, f"{height}-row blocks measured {ratio:.2f}x, kept dense"
+        return candidate, ratio
 
     def _choice(self, program: Program, change: Change, context: Context) -> BlockChoice:
         """Return what a change makes of its layer, computed once for `settle` and `transfer`."""

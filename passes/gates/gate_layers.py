@@ -36,6 +36,7 @@ from graphopt.passes.tokens import Region, residual_stream
 
 from .block_influence import block_influences
 from .residual_blocks import (
+    BLOCK_ORDER,
     BlockPlace,
     ResidualBlock,
     escaping,
@@ -148,6 +149,26 @@ class GateLayers(Pass):
             return self._removals(program, context, blocks)
         return self._skips(program, context, blocks)
 
+    def offer(self, program: Program, context: Context) -> Proposal:
+        """Offer the removal of each block that can go; to train without `remove`, the gates."""
+        if context.training and not self.remove:
+            return self.propose(program, context)
+        free, misses = self._removable(program, context, list(residual_blocks(program)))
+        candidates = [self._removal(program, block, freed, "removed") for block, freed in free]
+        if not candidates and not misses:
+            reason = residual_stream(program).reason or "its blocks have no parameters"
+            misses = [self._miss("(model)", reason)]
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
+        """Return zeros for the parameters of a removed block, with which it adds 0."""
+        details = _read(change)
+        if isinstance(details, _Skip):
+            return {}
+        return {
+            item.name: torch.zeros_like(attribute_of(program, item.name)) for item in details.freed
+        }
+
     def trains_only(self, change: Change) -> bool:
         """Say whether the change is a gate, which always runs its block in evaluation mode."""
         return isinstance(_read(change), _Skip)
@@ -229,15 +250,7 @@ class GateLayers(Pass):
     def _removals(
         self, program: Program, context: Context, blocks: Sequence[ResidualBlock]
     ) -> Proposal:
-        misses: list[Miss] = []
-        free: list[tuple[ResidualBlock, tuple[_Freed, ...]]] = []
-        for block in blocks:
-            freed = _freed(program, block.region)
-            reason = _removal_refusal(program, context, block, freed)
-            if reason is None:
-                free.append((block, freed))
-            else:
-                misses.append(self._miss(block.name, reason))
+        free, misses = self._removable(program, context, blocks)
         if not free:
             return Proposal(misses=tuple(misses))
         influences = block_influences(program, context, [block for block, _ in free])
@@ -251,23 +264,44 @@ class GateLayers(Pass):
                 limit = "the budget is met" if spare <= 0 else f"{self.remove} matter less"
                 misses.append(self._miss(block.name, f"{text}, kept: {limit}"))
                 continue
-            details = _Removal(kind="remove", place=block.place, freed=freed)
-            cost = facts_of(program).cost(only_for(block.region.add, block.region.entry))
-            spare -= cost.flops
-            candidates.append(
-                Candidate(
-                    change=Change(
-                        pass_name=self.name,
-                        target=block.name,
-                        summary=f"removed, {text}",
-                        details=details.model_dump(mode="json"),
-                    ),
-                    before=cost,
-                    after=Cost(flops=0, size_bytes=0, parameters=0),
-                    predicted_error=None,
-                )
-            )
+            candidate = self._removal(program, block, freed, f"removed, {text}")
+            spare -= candidate.before.flops
+            candidates.append(candidate)
         return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def _removable(
+        self, program: Program, context: Context, blocks: Sequence[ResidualBlock]
+    ) -> tuple[list[tuple[ResidualBlock, tuple[_Freed, ...]]], list[Miss]]:
+        """Return the blocks that can be removed with their parameters, and why others cannot."""
+        misses: list[Miss] = []
+        free: list[tuple[ResidualBlock, tuple[_Freed, ...]]] = []
+        for block in blocks:
+            freed = _freed(program, block.region)
+            reason = _removal_refusal(program, context, block, freed)
+            if reason is None:
+                free.append((block, freed))
+            else:
+                misses.append(self._miss(block.name, reason))
+        return free, misses
+
+    def _removal(
+        self, program: Program, block: ResidualBlock, freed: tuple[_Freed, ...], summary: str
+    ) -> Candidate:
+        details = _Removal(kind="remove", place=block.place, freed=freed)
+        return Candidate(
+            change=Change(
+                pass_name=self.name,
+                target=block.name,
+                summary=summary,
+                details=details.model_dump(mode="json"),
+            ),
+            before=facts_of(program).cost(only_for(block.region.add, block.region.entry)),
+            after=Cost(flops=0, size_bytes=0, parameters=0),
+            shared=frozenset({BLOCK_ORDER}),
+            exclusive=frozenset(
+                f"{item.name} {claim}" for item in freed for claim in ("structure", "format")
+            ),
+        )
 
 
 def _skip_refusal(

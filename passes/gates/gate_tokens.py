@@ -7,7 +7,7 @@ after:  i = gate(x);  x = put_tokens(x, i, block(take_tokens(x, i), take_tokens(
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar, cast, final, get_args
 
@@ -28,7 +28,11 @@ from graphopt.passes.token_blocks import BlockChain, TokenBlock, block_chains, t
 from graphopt.passes.token_route import Route, Unroutable, find_route
 from graphopt.passes.token_scores import Unscored, check_score, insert_score, score_flops
 
+from .residual_blocks import BLOCK_ORDER
 from .token_gating import HOLDER, GateDetails, Gating, Router, make_gates
+
+_LEVELS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+"""Shares of the tokens to offer."""
 
 
 @final
@@ -111,6 +115,19 @@ class GateTokens(Pass):
         return Proposal(
             candidates=(self._candidate(program, chains, gates, routes),), misses=tuple(misses)
         )
+
+    def offer(self, program: Program, context: Context) -> Proposal:
+        """Offer shares of the tokens for inference, by attention where the router is random."""
+        if context.training:
+            return self.propose(program, context)
+        router = "attention" if self.router == "random" else self.router
+        candidates: list[Candidate] = []
+        misses: dict[Miss, None] = {}
+        for keep in _LEVELS:
+            found = replace(self, router=router, keep=keep).propose(program, context)
+            misses.update(dict.fromkeys(found.misses))
+            candidates += [c for c in found.candidates if c.after.flops < c.before.flops]
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
 
     def trains_only(self, change: Change) -> bool:
         """Say whether evaluation runs all tokens."""
@@ -266,6 +283,7 @@ class GateTokens(Pass):
             ),
             before=before,
             after=Cost(flops=flops, size_bytes=before.size_bytes, parameters=before.parameters),
+            exclusive=frozenset({BLOCK_ORDER}),
         )
 
 

@@ -19,6 +19,9 @@ from graphopt.passes.facts import attribute_of, facts_of
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.tokens import Region, residual_stream
 
+BLOCK_ORDER = "numbers of the residual blocks"
+"""What changes claim that count blocks (exclusively), or that take blocks away (shared)."""
+
 
 class BlockPlace(Details):
     """Which region a change is about.
