@@ -181,7 +181,7 @@ class Calibration:
     def _count(self) -> int:
         return operator.length_hint(self._batches)
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Return a digest of all batches, made once."""
         if self._digest is None:
             digest = hashlib.sha256()
@@ -198,7 +198,7 @@ class Calibration:
         """Name a statistic by what it depends on: the place, the batches and the weights before."""
         if self._store is None:
             return None
-        digest = hashlib.sha256(f"{key} {self._fingerprint()}".encode())
+        digest = hashlib.sha256(f"{key} {self.fingerprint()}".encode())
         for name, parameter in program.model.named_parameters():
             summary = parameter.detach().double().flatten()
             digest.update(f"{name}{summary.sum().item()}{summary.square().sum().item()}".encode())

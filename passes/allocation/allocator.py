@@ -1,0 +1,261 @@
+"""From a program and a pipeline to the changes worth making under a budget and a guard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from graphopt.passes.base import Context, Cost, Miss, Pass
+from graphopt.passes.budget import Budget, Resource, spent
+from graphopt.passes.errors import ConfigError
+from graphopt.passes.guard import Guard
+from graphopt.passes.program import Program
+
+from .dry_run import DryRun
+from .journal import Journal, journal_path
+from .offers import Losses, Offer, collect_offers, with_estimate, without_numbers
+from .selection import owner_of
+from .solver import Choice, Solver
+from .swaps import MOST_SWAPS, Swaps
+
+_BISECTIONS = 7
+_MARGIN = 0.9
+"""Share of the drift that a guard allows to aim at: it is checked on other data."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a label, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What is worth changing.
+
+    Attributes:
+        offers: The chosen ones, in the order of the pipeline.
+        misses: Everything else, one miss for each target of each pass.
+        notes: What a user should know of how the choice came about.
+        dense: Cost of the dense program.
+        cost: Cost of the program with all chosen changes, by dry run.
+        loss: Loss of all chosen changes, measured where that is possible.
+    """
+
+    offers: tuple[Offer, ...]
+    misses: tuple[Miss, ...]
+    notes: tuple[str, ...]
+    dense: Cost
+    cost: Cost
+    loss: float
+
+
+class Allocator:
+    """Collects offers and losses once, and chooses under any number of budgets."""
+
+    def __init__(
+        self,
+        program: Program,
+        steps: Sequence[Pass],
+        context: Context,
+        *,
+        dense: Program,
+        losses: Losses | None,
+        seed: int = 0,
+        store: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Collect offers and estimate their losses.
+
+        An interruption leaves the offers without an estimate out.
+
+        Args:
+            program: The program as it is where the first approximate pass stands.
+            steps: The rest of the pipeline.
+            context: What the passes may know.
+            dense: The program before any change.
+            losses: Estimates and measures losses; None for programs without numbers.
+            seed: Orders equally good choices.
+            store: Directory for what was estimated and measured.
+            progress: Told about losses and swaps.
+
+        Raises:
+            KeyboardInterrupt: if not a single loss was estimated yet.
+        """
+        self._program = program
+        self._context = context
+        self._losses = losses
+        self._seed = seed
+        self._progress = progress
+        self._notes: list[str] = []
+        self._journal = Journal(journal_path(store, program, steps, context))
+        offers, self._refused = collect_offers(program, steps, context)
+        self._offers = self._estimated(offers)
+        dry_run = DryRun(program, steps, context, self._offers, dense)
+        self._solver = Solver(self._offers, dry_run)
+
+    def allocate(self, budget: Budget | None, guard: Guard | None) -> Allocation:
+        """Return what to change: the mildest choice that meets the budget, within the guard.
+
+        Without a budget it is the cheapest choice that the guard is expected to allow.
+
+        Raises:
+            ConfigError: if there is neither a budget nor a guard, or a latency is asked for and
+                nothing measures it.
+            KeyboardInterrupt: if losses were interrupted before the budget could be met.
+        """
+        self._check(budget, guard)
+        limit = math.inf if guard is None else _loss_limit(guard)
+        budget = budget or self._least()
+        choice, notes = self._improved(self._solver.solve(budget), budget)
+        if choice.loss > limit:
+            budget = self._weaker(choice, budget, limit)
+            choice, more = self._improved(self._solver.solve(budget), budget)
+            notes += more
+        if self._notes and not choice.met:
+            raise KeyboardInterrupt
+        return Allocation(
+            offers=tuple(self._offers[index] for index in choice.chosen),
+            misses=tuple(self._misses(choice, budget)),
+            notes=(*self._notes, *notes),
+            dense=self._solver.dry_run.dense,
+            cost=choice.cost,
+            loss=choice.loss,
+        )
+
+    def solve(self, budget: Budget) -> Choice:
+        """Return the choice for a budget with its loss measured, without swaps."""
+        self._check(budget, None)
+        choice = self._solver.solve(budget)
+        return replace(choice, loss=self._measured(choice.chosen))
+
+    @property
+    def dense(self) -> Cost:
+        """Cost of the dense program, with a time once one was asked for."""
+        return self._solver.dry_run.dense
+
+    def time_ms(self, program: Program) -> float:
+        """Return the time of the program as it is now, measured in turns with the dense one."""
+        return self._solver.dry_run.time_ms(program)
+
+    def _check(self, budget: Budget | None, guard: Guard | None) -> None:
+        if budget is None and guard is None:
+            raise ConfigError(
+                "allocation='solver' needs a budget such as '60%' or '12ms', or a guard"
+            )
+        if budget is not None and budget.resource == "latency" and self._context.costs is None:
+            raise ConfigError(
+                f"a budget of {budget} needs measured times; measure them, or give a budget of "
+                "FLOPs, parameters or bytes"
+            )
+
+    def _estimated(self, offers: Sequence[Offer]) -> list[Offer]:
+        """Return the offers with their losses; those that were reached before an interruption."""
+        if self._losses is None:
+            return [without_numbers(self._program, offer) for offer in offers]
+        found: list[Offer] = []
+        try:
+            for number, offer in enumerate(offers):
+                estimate = self._journal.estimate(offer.offered)
+                if estimate is None:
+                    estimate = self._losses.estimate(offer.step, offer.offered)
+                    self._journal.add_estimate(offer.offered, estimate)
+                found.append(with_estimate(offer, estimate))
+                self._tell("losses", number + 1, len(offers))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            self._notes.append(f"interrupted: {len(found)} of {len(offers)} losses are known")
+        finally:
+            self._journal.write()
+        return found
+
+    def _improved(self, choice: Choice, budget: Budget) -> tuple[Choice, list[str]]:
+        """Return the choice after measured swaps, and notes."""
+        if self._losses is None or not choice.chosen:
+            return choice, []
+        notes: list[str] = []
+        swaps = Swaps(self._solver, choice, budget, self._measured, self._seed)
+        try:
+            if choice.met and not self._notes:
+                swaps.run(lambda done: self._tell("solve", done, MOST_SWAPS))
+        except KeyboardInterrupt:
+            notes.append(f"interrupted: best of {swaps.tried} swaps")
+        finally:
+            self._journal.write()
+        best = swaps.best
+        if best.chosen != choice.chosen and budget.resource == "latency":
+            timed = self._solver.realized(choice, best.chosen, budget)
+            if not timed.met:
+                return replace(choice, loss=self._measured(choice.chosen)), notes
+            best = replace(timed, loss=best.loss)
+        return best, notes
+
+    def _measured(self, chosen: tuple[int, ...]) -> float:
+        """Return the measured loss of a choice, the sum of losses where nothing can be run."""
+        offers = [self._offers[index] for index in chosen]
+        if self._losses is None:
+            return sum(offer.candidate.loss or 0.0 for offer in offers)
+        changes = [offer.offered.change for offer in offers]
+        found = self._journal.loss(changes)
+        if found is None:
+            found = self._losses.measure([(offer.step, offer.candidate) for offer in offers])
+            self._journal.add_loss(changes, found)
+        return found
+
+    def _least(self) -> Budget:
+        """Return a budget that nothing meets: of time where it is measured, else of FLOPs."""
+        resource: Resource = "flops" if self._context.costs is None else "latency"
+        return Budget(resource=resource, amount=1e-9, relative=True)
+
+    def _weaker(self, choice: Choice, budget: Budget, limit: float) -> Budget:
+        """Return the smallest budget whose choice is expected to lose no more than a limit."""
+        resource = budget.resource
+        low, high = spent(choice.cost, resource), spent(self.dense, resource)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            loss = self._measured(self._solver.select(resource, middle, 0.98 * middle))
+            low, high = (low, middle) if loss <= limit else (middle, high)
+        return Budget(resource=resource, amount=high, relative=False)
+
+    def _misses(self, choice: Choice, budget: Budget) -> list[Miss]:
+        """Return one miss for each target of each pass that is not changed."""
+        chosen = {owner_of(self._offers[index].candidate) for index in choice.chosen}
+        reasons: dict[tuple[str, str], str] = {}
+        for index, offer in enumerate(self._offers):
+            reason = self._solver.unfit.get(index) or self._why_not(offer, choice, budget)
+            reasons.setdefault(owner_of(offer.candidate), reason)
+        for miss in self._refused:
+            reasons.setdefault((miss.pass_name, miss.target), miss.reason)
+        return [
+            Miss(pass_name=name, target=target, reason=reason)
+            for (name, target), reason in reasons.items()
+            if (name, target) not in chosen
+        ]
+
+    def _why_not(self, offer: Offer, choice: Choice, budget: Budget) -> str:
+        claimed = offer.candidate.shared | offer.candidate.exclusive
+        for index in choice.chosen:
+            other = self._offers[index].candidate
+            if not claimed.isdisjoint(other.exclusive) or not offer.candidate.exclusive.isdisjoint(
+                other.shared
+            ):
+                return f"{other.change.pass_name} loses less here: {other.change.summary}"
+        return f"left as it is: at {budget} the other changes lose less"
+
+    def _tell(self, label: str, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(label, done, total)
+
+
+def _loss_limit(guard: Guard) -> float:
+    """Return the loss at which the guard is expected to refuse, infinite for a score alone.
+
+    The loss is the squared relative error; rows of equal length with the cosine c are
+    sqrt(2 (1 - c)) apart.
+    """
+    limits = [math.inf]
+    if guard.max_drift is not None:
+        limits.append((_MARGIN * guard.max_drift) ** 2)
+    if guard.min_cosine is not None:
+        limits.append(_MARGIN**2 * 2 * (1 - guard.min_cosine))
+    return min(limits)

@@ -1,0 +1,160 @@
+"""What a choice really costs: its changes made, without values, on a twin of the program."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from graphopt.passes.base import Context, Cost, Pass
+from graphopt.passes.errors import PlanError
+from graphopt.passes.facts import total_cost
+from graphopt.passes.program import Program
+from graphopt.passes.program_times import compare_programs
+from graphopt.passes.propagation import refresh
+from graphopt.passes.rewriting import make_change
+from graphopt.passes.snapshot import Snapshot, twin_of
+
+from .offers import Offer
+
+
+@dataclass(frozen=True)
+class Realized:
+    """What a choice costs.
+
+    Attributes:
+        cost: Of the whole program; with a time where the dry run times.
+        steps: Cost of the whole program after each pass of the pipeline, without times.
+        unfit: Offers that cannot be made beside the others: position -> the sentence.
+    """
+
+    cost: Cost
+    steps: tuple[Cost, ...]
+    unfit: Mapping[int, str]
+
+
+class DryRun:
+    """Makes choices on twins of a program; remembers what each one cost.
+
+    A twin shares all tensors that a change does not replace. The exact passes of the pipeline run
+    where they stand, as they will when the changes are made.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        steps: Sequence[Pass],
+        context: Context,
+        offers: Sequence[Offer],
+        dense: Program,
+    ) -> None:
+        """Hold the parts.
+
+        Args:
+            program: The program the offers were made for; it is not changed.
+            steps: The rest of the pipeline.
+            context: What the passes may know; calibration data plays no part.
+            offers: What may be chosen.
+            dense: The program before any change: times are compared with its.
+        """
+        self._program = program
+        self._steps = steps
+        self._context = replace(context, calibration=None, budget=None)
+        self._offers = offers
+        self._dense = dense
+        self._found: dict[tuple[int, ...], Realized] = {}
+        self._timed: dict[tuple[int, ...], Realized] = {}
+        self._dense_ms: float | None = None
+
+    @property
+    def dense(self) -> Cost:
+        """Cost of the program before any change, with its time once a choice was timed."""
+        return replace(total_cost(self._dense), latency_ms=self._dense_ms)
+
+    @property
+    def start(self) -> Cost:
+        """Cost of the program the offers were made for, without a time."""
+        return total_cost(self._program)
+
+    def realize(self, chosen: Sequence[int], *, timed: bool = False) -> Realized:
+        """Return what a choice costs.
+
+        Args:
+            chosen: Positions of the chosen offers.
+            timed: Whether to time the whole program too, in turns with the dense one.
+        """
+        key = tuple(sorted(chosen))
+        found = self._timed if timed else self._found
+        if key not in found:
+            found[key] = self._made(key, timed)
+        return found[key]
+
+    def _made(self, chosen: tuple[int, ...], timed: bool) -> Realized:
+        program = twin_of(self._program)
+        costs: list[Cost] = []
+        unfit: dict[int, str] = {}
+        for place, step in enumerate(self._steps):
+            if step.exact:
+                for candidate in step.propose(program, self._context).candidates:
+                    make_change(step, program, candidate, self._context)
+            else:
+                for index in chosen:
+                    if self._offers[index].place == place:
+                        reason = self._place(program, self._offers[index])
+                        if reason is not None:
+                            unfit[index] = reason
+            refresh(program)
+            costs.append(total_cost(program))
+        cost = costs[-1]
+        if timed:
+            _fill(program, self._dense)
+            cost = replace(cost, latency_ms=self.time_ms(program))
+        return Realized(cost, tuple(costs), unfit)
+
+    def _place(self, program: Program, offer: Offer) -> str | None:
+        """Make the structure of a change; return why it does not fit, None if it does."""
+        snapshot = Snapshot(program)
+        try:
+            settled = offer.step.settle(program, offer.offered, self._context)
+            offer.step.apply(program, settled.change)
+        except PlanError as error:
+            snapshot.restore()
+            return str(error)
+        return None
+
+    def time_ms(self, program: Program) -> float:
+        """Time a program in turns with the dense one; return its part of the dense time.
+
+        Programs are told apart by their code and sizes, so that measured times can be kept.
+        """
+        costs, training = self._context.costs, self._context.training
+        assert costs is not None
+        form = [program.code, *_sizes(program)]
+        what = hashlib.sha256("\n".join(form).encode()).hexdigest()[:24]
+        times = compare_programs(costs, self._dense, program, what, training=training)
+        if self._dense_ms is None:
+            self._dense_ms = times.dense_ms
+        return self._dense_ms / times.ratio
+
+
+def _sizes(program: Program) -> list[str]:
+    """Return kind and sizes of all that a program computes with."""
+    model = program.model
+    kinds = [f"{name}: {type(module).__name__}" for name, module in model.named_modules()]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return kinds + [f"{name}: {list(value.shape)} {value.dtype}" for name, value in tensors]
+
+
+def _fill(program: Program, dense: Program) -> None:
+    """Give numbers to tensors that a dry run made without any: odd ones take longer to multiply."""
+    kept = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*dense.model.parameters(), *dense.model.buffers())
+    }
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*program.model.parameters(), *program.model.buffers()):
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in kept:
+                tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))

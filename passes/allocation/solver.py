@@ -1,0 +1,179 @@
+"""The choice that meets a budget: solved to first order, dry-run, corrected, solved again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from graphopt.passes.base import Cost
+from graphopt.passes.budget import Budget, Resource, spent
+
+from .dry_run import DryRun, Realized
+from .offers import Offer
+from .selection import select, select_strongest
+
+_ROUNDS = 10
+_TIMED_ROUNDS = 5
+_TOLERANCES: Mapping[Resource, float] = {
+    "flops": 0.02,
+    "parameters": 0.02,
+    "bytes": 0.02,
+    "latency": 0.08,
+}
+"""How far below the budget a choice may stay, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Offers chosen under a budget.
+
+    Attributes:
+        chosen: Positions of the offers.
+        cost: Of the whole program as the dry run found it.
+        loss: Sum of their losses, or the measured loss of all of them together.
+        allowed: What was to be spent.
+        met: Whether no more is spent.
+    """
+
+    chosen: tuple[int, ...]
+    cost: Cost
+    loss: float
+    allowed: float
+    met: bool
+
+
+@dataclass
+class Solver:
+    """Chooses among offers.
+
+    Savings add up to first order only (widths multiply in convolutions, eight bits save less on a
+    narrower layer), so each pass's savings are scaled by what they came to in the last dry run,
+    and the program is solved again until the dry run meets the budget.
+
+    Attributes:
+        offers: What may be chosen, with losses.
+        dry_run: Tells what a choice really costs.
+        unfit: Offers that turned out not to fit beside others: position -> the sentence.
+        factors: What each pass's savings came to, over what they add up to: place -> factor.
+        rest: What the exact passes saved.
+    """
+
+    offers: Sequence[Offer]
+    dry_run: DryRun
+    unfit: dict[int, str] = field(default_factory=dict)
+    factors: dict[int, float] = field(default_factory=dict)
+    rest: float = 0.0
+
+    def solve(self, budget: Budget) -> Choice:
+        """Return the choice with the least loss whose dry run meets the budget.
+
+        Where the levels are too coarse to come within the tolerance of the budget, the choice that
+        comes closest from below; where nothing meets it, the one that spends least.
+        """
+        resource = budget.resource
+        timed = resource == "latency"
+        tolerance = _TOLERANCES[resource]
+        self.factors, self.rest = {}, 0.0
+        nothing = self.dry_run.realize((), timed=timed)
+        dense = self.dry_run.dense
+        allowed = budget.allowed(dense)
+        self._learn(resource, (), nothing)
+        found = [self._choice((), nothing, resource, allowed)]
+        for number in range(_TIMED_ROUNDS if timed else _ROUNDS):
+            if (1 - tolerance) * allowed <= spent(found[-1].cost, resource) <= allowed or (
+                number == 0 and found[0].met
+            ):
+                break
+            # After a few rounds the middle of what is tolerated is the safer aim.
+            middle = tolerance / 4 if timed or number >= _ROUNDS // 2 else tolerance / 100
+            chosen = self.select(resource, (1 - middle) * allowed, (1 - tolerance) * allowed)
+            if chosen in [choice.chosen for choice in found]:
+                continue
+            realized = self.dry_run.realize(chosen, timed=timed)
+            self.unfit.update(realized.unfit)
+            self._learn(resource, chosen, realized)
+            found.append(self._choice(chosen, realized, resource, allowed))
+        return min(found, key=lambda choice: _rank(choice, resource, tolerance))
+
+    def select(self, resource: Resource, most: float, least: float) -> tuple[int, ...]:
+        """Return the choice that is predicted to lose least within an amount.
+
+        Args:
+            resource: What is spent.
+            most: The amount that may be spent.
+            least: Spend no less, if the levels allow it.
+        """
+        saved = self.saved(resource)
+        usable = [index for index in range(len(self.offers)) if index not in self.unfit]
+        candidates = [self.offers[index].candidate for index in usable]
+        amounts = [saved[index] for index in usable]
+        left = spent(self.dry_run.dense, resource) - self.rest
+        chosen = select(candidates, amounts, lowest=left - most, highest=left - least)
+        if chosen is None:
+            chosen = select(candidates, amounts, lowest=left - most)
+        if chosen is None:
+            chosen = select_strongest(candidates, amounts)
+        return tuple(usable[index] for index in chosen)
+
+    def saved(self, resource: Resource) -> list[float]:
+        """Return what each offer saves, by what the last dry run taught."""
+        dense = self.dry_run.dense
+        whole = spent(dense, resource)
+        return [
+            offer.saved(resource, whole, dense.flops) * self.factors.get(offer.place, 1.0)
+            for offer in self.offers
+        ]
+
+    def realized(self, choice: Choice, chosen: tuple[int, ...], budget: Budget) -> Choice:
+        """Return another choice under the same budget, with what its dry run costs."""
+        realized = self.dry_run.realize(chosen, timed=budget.resource == "latency")
+        found = self._choice(chosen, realized, budget.resource, choice.allowed)
+        return found if not realized.unfit else replace(found, met=False)
+
+    def _choice(
+        self, chosen: tuple[int, ...], realized: Realized, resource: Resource, allowed: float
+    ) -> Choice:
+        fitting = tuple(index for index in chosen if index not in realized.unfit)
+        return Choice(
+            chosen=fitting,
+            cost=realized.cost,
+            loss=sum(self.offers[index].candidate.loss or 0.0 for index in fitting),
+            allowed=allowed,
+            met=spent(realized.cost, resource) <= allowed * (1 + 1e-9),
+        )
+
+    def _learn(self, resource: Resource, chosen: tuple[int, ...], realized: Realized) -> None:
+        """Take the factors from a dry run."""
+        dense = self.dry_run.dense
+        whole = spent(dense, resource)
+        expected: dict[int, float] = {}
+        for index in chosen:
+            offer = self.offers[index]
+            saved = offer.saved(resource, whole, dense.flops)
+            expected[offer.place] = expected.get(offer.place, 0.0) + saved
+        if resource == "latency":
+            if not chosen:
+                self.rest = whole - spent(realized.cost, resource)
+                return
+            came_to = whole - self.rest - spent(realized.cost, resource)
+            total = sum(expected.values())
+            if total > 0 and came_to > 0:
+                places = {offer.place for offer in self.offers}
+                self.factors = dict.fromkeys(places, came_to / total)
+            return
+        start = spent(self.dry_run.start, resource)
+        left = [start, *(spent(cost, resource) for cost in realized.steps)]
+        for place, total in expected.items():
+            came_to = left[place] - left[place + 1]
+            if total > 0 and came_to > 0:
+                self.factors[place] = came_to / total
+        saved = sum(total * self.factors.get(place, 1.0) for place, total in expected.items())
+        self.rest = whole - left[-1] - saved
+
+
+def _rank(choice: Choice, resource: Resource, tolerance: float) -> tuple[float, ...]:
+    """Order choices: within the tolerance by loss, then close below the budget, then above it."""
+    amount = spent(choice.cost, resource)
+    if choice.met and amount >= (1 - tolerance) * choice.allowed:
+        return 0.0, choice.loss
+    return (1.0, -amount) if choice.met else (2.0, amount)

@@ -1,0 +1,148 @@
+"""Exchanges of levels between two targets, kept where the measured loss of all changes falls.
+
+Errors do not add up, so the choice with the least sum of losses need not be the one that loses
+least.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from graphopt.passes.budget import Budget, spent
+
+from .offers import Offer
+from .selection import conflict, owner_of
+from .solver import Choice, Solver
+
+MOST_SWAPS = 200
+_PATIENCE = 24
+"""Swaps that may fail in a row before the choice stands."""
+
+Measure = Callable[[tuple[int, ...]], float]
+"""Returns the measured loss of a choice."""
+
+
+class Swaps:
+    """Tries exchanges on a choice; after an interruption `best` holds the best so far.
+
+    Attributes:
+        best: The best choice so far, with its measured loss.
+        tried: How many swaps were measured.
+    """
+
+    def __init__(
+        self, solver: Solver, choice: Choice, budget: Budget, measure: Measure, seed: int
+    ) -> None:
+        """Hold the parts and measure the choice to start with.
+
+        Args:
+            solver: Knows the offers and what they save.
+            choice: Where to start.
+            budget: What the choice met.
+            measure: Measures losses.
+            seed: Orders swaps of equal predicted gain.
+        """
+        self._solver = solver
+        self._budget = budget
+        self._measure = measure
+        self._seed = seed
+        self._seen = {choice.chosen}
+        self.tried = 0
+        self.best = replace(choice, loss=measure(choice.chosen))
+
+    def run(self, told: Callable[[int], None]) -> None:
+        """Try swaps, the most promising first, until none helped for a while.
+
+        Args:
+            told: Called with the number of swaps tried.
+        """
+        failed = 0
+        waiting = self._candidates()
+        while failed < _PATIENCE and self.tried < MOST_SWAPS:
+            chosen = next(waiting, None)
+            if chosen is None:
+                return
+            self._seen.add(chosen)
+            loss = self._measure(chosen)
+            self.tried += 1
+            told(self.tried)
+            failed += 1
+            if loss < self.best.loss:
+                better = self._fitting(chosen)
+                if better is not None:
+                    self.best = replace(better, loss=loss)
+                    waiting = self._candidates()
+                    failed = 0
+
+    def _fitting(self, chosen: tuple[int, ...]) -> Choice | None:
+        """Return a choice that is within the budget, None if it is not.
+
+        Times are taken from the solver's prediction: measuring every swap would take too long.
+        """
+        if self._budget.resource == "latency":
+            return replace(self.best, chosen=chosen)
+        choice = self._solver.realized(self.best, chosen, self._budget)
+        return choice if choice.met else None
+
+    def _candidates(self) -> Iterator[tuple[int, ...]]:
+        """Yield the choices one swap away that were not tried, the most promising first."""
+        offers, chosen = self._solver.offers, self.best.chosen
+        saved = self._solver.saved(self._budget.resource)
+        ladders = _ladders(offers, saved, self._solver.unfit)
+        present = {owner_of(offers[index].candidate): index for index in chosen}
+        spare = spent(self.best.cost, self._budget.resource) - self.best.allowed
+        draw = random.Random(self._seed)
+        swaps: list[tuple[float, float, set[int], set[int]]] = []
+        for given, milder in _steps_down(ladders, present):
+            lost = saved[given] - sum(saved[index] for index in milder)
+            for owner, ladder in ladders.items():
+                current = {present[owner]} if owner in present else set()
+                if given in current or owner == owner_of(offers[given].candidate):
+                    continue
+                base = sum(saved[index] for index in current)
+                wanted = base + lost + min(spare, 0.0)
+                stronger = {next((i for i in ladder if saved[i] >= wanted > base), -1)}
+                if -1 not in stronger:
+                    gone, come = {given} | current, milder | stronger
+                    loss = _loss(offers, come) - _loss(offers, gone)
+                    swaps.append((loss, draw.random(), gone, come))
+        for _, _, gone, come in sorted(swaps, key=lambda swap: swap[:2]):
+            result = tuple(sorted(set(chosen) - gone | come))
+            if result not in self._seen and _compatible(offers, result, come):
+                yield result
+
+
+def _loss(offers: Sequence[Offer], indices: Iterable[int]) -> float:
+    return sum(offers[index].candidate.loss or 0.0 for index in indices)
+
+
+def _compatible(offers: Sequence[Offer], chosen: Iterable[int], come: Iterable[int]) -> bool:
+    return not any(
+        index != other and conflict(offers[index].candidate, offers[other].candidate)
+        for index in come
+        for other in chosen
+    )
+
+
+def _ladders(
+    offers: Sequence[Offer], saved: Sequence[float], unfit: dict[int, str]
+) -> dict[tuple[str, str], list[int]]:
+    """Return the levels of each pass and target, from mild to strong."""
+    ladders: dict[tuple[str, str], list[int]] = {}
+    for index in sorted(range(len(offers)), key=lambda index: saved[index]):
+        if index not in unfit and saved[index] > 0:
+            ladders.setdefault(owner_of(offers[index].candidate), []).append(index)
+    return ladders
+
+
+def _steps_down(
+    ladders: dict[tuple[str, str], list[int]], present: dict[tuple[str, str], int]
+) -> Iterator[tuple[int, set[int]]]:
+    """Yield each chosen level and, as a set, the next milder one; none for no change."""
+    for owner, index in present.items():
+        ladder = ladders.get(owner, [])
+        if index in ladder:
+            position = ladder.index(index)
+            yield index, set(ladder[position - 1 : position] if position else [])
