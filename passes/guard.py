@@ -13,6 +13,7 @@ from .drift import Output, deviation, observed_outputs
 from .errors import ConfigError, InputError
 from .plan import GuardRecord
 from .program import Program
+from .verifier import rounding_bound
 
 GIVEN_UP = "given up: "
 """How the reason of a miss begins whose change was made and taken back because of the guard."""
@@ -103,7 +104,7 @@ class Guard:
         score = None if self.score is None else self._score(program)
         if isinstance(score, str):
             raise ConfigError(f"{score} on the dense model, so it cannot guard anything")
-        return GuardCheck(self, tuple(references), score)
+        return GuardCheck(self, tuple(references), score, rounding_bound(program))
 
     def prepared(self, program: Program, batches: Iterable[Mapping[str, Any]]) -> PreparedGuard:
         """Return the same guard, which keeps to what this program does now."""
@@ -138,11 +139,27 @@ class GuardCheck:
         guard: What is asked for.
         references: The batches and the dense program's outputs for them.
         score: The dense program's score, None without one.
+        rounding: Relative error that a reordered sum can cause in the program.
     """
 
     guard: Guard
     references: tuple[tuple[Mapping[str, Any], list[Output]], ...]
     score: float | None
+    rounding: float
+
+    @property
+    def exact_refusal(self) -> str | None:
+        """Why not even exact changes are allowed, None if they are.
+
+        They reorder sums: equal on these batches, their results may still differ on others.
+        """
+        allowed = self.guard.max_drift
+        if allowed is None or allowed >= self.rounding:
+            return None
+        return (
+            f"rounding alone may cause a drift of {self.rounding:.1e}, "
+            f"and no more than {allowed:g} is allowed"
+        )
 
     def check(self, program: Program) -> Verdict:
         """Measure the program as it is now.

@@ -132,6 +132,11 @@ class PassManager:
             if not step.exact and context is None:
                 self._misses.append(_budget_met(step))
                 continue
+            if step.exact and check is not None and check.exact_refusal is not None:
+                reason = GIVEN_UP + check.exact_refusal
+                miss = Miss(pass_name=step.name, target="(model)", reason=reason)
+                self._misses.append(miss_record(miss))
+                continue
             snapshot = Snapshot(program)
             accepted = len(self._changes)
             try:
@@ -286,11 +291,19 @@ class PassManager:
         ]
 
     def _guard_note(self) -> list[str]:
-        """Say that the guard left nothing, if so."""
+        """Say that the guard left nothing, or nothing but exact changes, if so."""
         given_up = [miss for miss in self._misses if miss.reason.startswith(GIVEN_UP)]
-        if self.guard is None or self._changes or not given_up:
+        approximate = {step.name for step in self.passes if not step.exact}
+        if self.guard is None or not given_up:
             return []
-        return [f"no change satisfies the guard ({self._asked()}): the model is unchanged"]
+        if not self._changes:
+            return [f"no change satisfies the guard ({self._asked()}): the model is unchanged"]
+        if any(record.pass_name in approximate for record in self._changes):
+            return []
+        return [
+            f"no approximate change satisfies the guard ({self._asked()}): only exact ones are "
+            "made, and what the model computes is unchanged"
+        ]
 
     def _asked(self) -> str:
         """Return the guard's limits as they were asked for."""
