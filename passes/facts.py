@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
@@ -40,17 +40,38 @@ class NodeFacts:
     parameter_bytes: int = 0
 
 
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """A module that keeps weights in buffers, in another form than one number for each."""
+
+    def weight_counts(self) -> Mapping[str, int]:
+        """Return how many weights each of these buffers holds: none for scales."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that holds weights of the model: a parameter, or a buffer of `HoldsWeights`.
+
+    Attributes:
+        count: Number of weights in it.
+        size_bytes: Their size as they are kept.
+    """
+
+    count: int
+    size_bytes: int
+
+
 @dataclass(frozen=True)
 class Facts:
     """The costs of all nodes of a program.
 
     Attributes:
         nodes: Costs by node.
-        weights: Parameters the program reads, by their first name.
+        weights: What the program reads of its weights, by its first name.
     """
 
     nodes: Mapping[fx.Node, NodeFacts]
-    weights: Mapping[str, nn.Parameter]
+    weights: Mapping[str, Weight]
 
     @property
     def forward_flops(self) -> int:
@@ -68,8 +89,8 @@ class Facts:
         names: frozenset[str] = frozenset().union(*(facts.weights for facts in found))
         return Cost(
             flops=sum(facts.forward_flops for facts in found),
-            size_bytes=sum(_bytes(self.weights[name]) for name in names),
-            parameters=sum(self.weights[name].numel() for name in names),
+            size_bytes=sum(self.weights[name].size_bytes for name in names),
+            parameters=sum(self.weights[name].count for name in names),
         )
 
 
@@ -125,7 +146,7 @@ class _Counter:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._names: dict[int, str] = {}
-        self._weights: dict[str, nn.Parameter] = {}
+        self._weights: dict[str, Weight] = {}
         self._sources: dict[fx.Node, str] = {}
         self._needs_gradient: set[fx.Node] = set()
 
@@ -183,18 +204,30 @@ class _Counter:
 
     def _remember(self, node: fx.Node) -> None:
         value = attribute_of(self._program, str(node.target))
+        if not isinstance(value, torch.Tensor):
+            return
+        count = self._weight_count(str(node.target), value)
+        if count is None:
+            return
+        name = self._names.setdefault(id(value), str(node.target))
+        self._weights[name] = Weight(count, _bytes(value))
+        self._sources[node] = name
+        if value.requires_grad:
+            self._needs_gradient.add(node)
+
+    def _weight_count(self, target: str, value: torch.Tensor) -> int | None:
+        """Return how many weights a tensor holds, None if it is a buffer without any."""
         if isinstance(value, nn.Parameter):
-            name = self._names.setdefault(id(value), str(node.target))
-            self._weights[name] = value
-            self._sources[node] = name
-            if value.requires_grad:
-                self._needs_gradient.add(node)
+            return value.numel()
+        parent, _, attribute = target.rpartition(".")
+        module = self._program.module(parent)
+        return module.weight_counts().get(attribute) if isinstance(module, HoldsWeights) else None
 
     def _parameters(self, weights: frozenset[str]) -> dict[str, Any]:
         return {
             "weights": weights,
-            "parameters": sum(self._weights[name].numel() for name in weights),
-            "parameter_bytes": sum(_bytes(self._weights[name]) for name in weights),
+            "parameters": sum(self._weights[name].count for name in weights),
+            "parameter_bytes": sum(self._weights[name].size_bytes for name in weights),
         }
 
 
