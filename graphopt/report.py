@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from graphopt.passes.budget import Budget, parse_budget
 from graphopt.passes.errors import PlanError
 from graphopt.passes.facts import module_costs
-from graphopt.passes.plan import CostRecord, Plan, Totals
+from graphopt.passes.guard import GIVEN_UP
+from graphopt.passes.plan import CostRecord, GuardRecord, Plan, Totals
 from graphopt.passes.program import Program
 
+from .report_tables import (
+    budget_line,
+    given_up_table,
+    guard_line,
+    kept_table,
+    refused_table,
+    totals_table,
+)
 from .runtime import installation_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
 
 _WIDTH_COLUMNS = 140
-_TARGETS_SHOWN = 3
+_DECISIONS = ("kept", "given up", "refused")
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,15 @@ class ReportRow:
     Attributes:
         pass_name: The pass.
         target: The layer: a module or parameter name.
-        decision: "kept" if the change is in place, "refused" if the layer is as it was.
+        decision: "kept" if the change is in place, "given up" if the guard had it taken back,
+            "refused" if there was none.
         reason: What changed, or why nothing did.
         before: Cost of the layer before; None where a refused layer was not counted.
         after: Its cost now.
         predicted_error: Relative output error that the pass expected, None where unknown.
-        measured_error: Relative output error on the calibration data, None where not measured.
+        measured_error: Relative output error on the example, None where not measured.
+        loss: What it was expected to add to the squared relative error of the model's outputs.
+        loss_source: Where that is from: "data", "measured" or "weights".
     """
 
     pass_name: str
@@ -48,6 +60,23 @@ class ReportRow:
     after: CostRecord | None = None
     predicted_error: float | None = None
     measured_error: float | None = None
+    loss: float | None = None
+    loss_source: str = ""
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """A budget and what was reached.
+
+    Attributes:
+        budget: What was asked for.
+        allowed: That as an amount, None where the dense model's cost is not known.
+        reached: What the model costs now, None where that is not known.
+    """
+
+    budget: Budget
+    allowed: float | None
+    reached: float | None
 
 
 @dataclass(frozen=True)
@@ -57,10 +86,13 @@ class Report:
     Attributes:
         model_class: Class name of the model.
         recipe: Name of the recipe.
-        rows: One per decision: the changes in their order, then the refusals.
+        rows: One per decision: the changes in their order, then the others.
         totals: Cost of the whole model before and after, None if the plan has none.
         inputs: Names and shapes of the inputs at which costs are counted.
         notes: What capture and the manager want a user to know.
+        budget: The budget and what was reached, None without a budget.
+        guard: What the guard asked for and found, None if nothing was checked.
+        runtime: Where the times of layers are from.
     """
 
     model_class: str
@@ -69,11 +101,19 @@ class Report:
     totals: Totals | None
     inputs: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...]
+    budget: BudgetUse | None = None
+    guard: GuardRecord | None = None
+    runtime: str = "torch"
 
     @property
     def kept(self) -> list[ReportRow]:
         """The changes that are in place."""
         return [row for row in self.rows if row.decision == "kept"]
+
+    @property
+    def given_up(self) -> list[ReportRow]:
+        """The changes that were taken back because of the guard."""
+        return [row for row in self.rows if row.decision == "given up"]
 
     @property
     def refused(self) -> list[ReportRow]:
@@ -95,7 +135,11 @@ class Report:
             "inputs": {name: list(shape) for name, shape in self.inputs.items()},
             "totals": None if self.totals is None else self.totals.model_dump(mode="json"),
             "flops_share": self.flops_share,
+            "budget": None if self.budget is None else _budget_json(self.budget),
+            "guard": None if self.guard is None else self.guard.model_dump(mode="json"),
+            "runtime": self.runtime,
             "changes": [_row_json(row) for row in self.kept],
+            "given_up": [_row_json(row) for row in self.given_up],
             "misses": [_row_json(row) for row in self.refused],
             "notes": list(self.notes),
         }
@@ -115,13 +159,19 @@ class Report:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
         yield Text(f"{self.model_class}, recipe {self.recipe}" + (f", at {shapes}" * bool(shapes)))
         if self.totals is not None:
-            yield _totals_table(self.totals)
+            yield totals_table(self.totals)
+        if self.budget is not None:
+            yield Text(budget_line(self.budget))
+        if self.guard is not None:
+            yield Text(guard_line(self.guard))
         if self.kept:
-            yield _kept_table(self.kept)
+            yield kept_table(self.kept, self.runtime)
         else:
             yield Text("Nothing was changed.")
+        if self.given_up:
+            yield given_up_table(self.given_up)
         if self.refused:
-            yield _refused_table(self.refused)
+            yield refused_table(self.refused)
         for note in self.notes:
             yield Text(f"note: {note}")
 
@@ -156,14 +206,41 @@ def plan_report(plan: Plan, program: Program | None = None) -> Report:
     return Report(
         model_class=plan.model_class,
         recipe=str(plan.recipe.get("name", "custom")),
-        rows=tuple(sorted(_rows(plan, costs), key=lambda row: row.decision == "refused")),
+        rows=tuple(sorted(_rows(plan, costs), key=lambda row: _DECISIONS.index(row.decision))),
         totals=plan.totals,
         inputs={record.name: record.shape for record in plan.inputs},
         notes=(
             *plan.notes,
             *(f"{name}: {note}" for name, part in plan.parts.items() for note in part.notes),
         ),
+        budget=_budget_use(plan),
+        guard=plan.guard,
+        runtime=str(plan.recipe.get("runtime", "torch")),
     )
+
+
+def _budget_use(plan: Plan) -> BudgetUse | None:
+    budget = parse_budget(plan.recipe.get("budget"))
+    if budget is None:
+        return None
+    if plan.totals is None:
+        return BudgetUse(budget, None if budget.relative else budget.amount, None)
+    before = _amount(plan.totals.before, budget)
+    allowed = budget.amount
+    if budget.relative:
+        return BudgetUse(
+            budget, None if before is None else allowed * before, _amount(plan.totals.after, budget)
+        )
+    return BudgetUse(budget, allowed, _amount(plan.totals.after, budget))
+
+
+def _amount(cost: CostRecord, budget: Budget) -> float | None:
+    return {
+        "flops": cost.flops,
+        "parameters": cost.parameters,
+        "bytes": cost.size_bytes,
+        "latency": cost.latency_ms,
+    }[budget.resource]
 
 
 def _rows(plan: Plan, costs: Mapping[str, CostRecord], part: str = "") -> Iterator[ReportRow]:
@@ -178,14 +255,17 @@ def _rows(plan: Plan, costs: Mapping[str, CostRecord], part: str = "") -> Iterat
             after=change.after,
             predicted_error=change.predicted_error,
             measured_error=change.measured_error,
+            loss=change.loss,
+            loss_source=change.loss_source,
         )
     for miss in plan.misses:
         cost = _cost_of(miss.target, costs)
+        given_up = miss.reason.startswith(GIVEN_UP)
         yield ReportRow(
             pass_name=miss.pass_name,
             target=part + miss.target,
-            decision="refused",
-            reason=miss.reason,
+            decision="given up" if given_up else "refused",
+            reason=miss.reason.removeprefix(GIVEN_UP),
             before=cost,
             after=cost,
         )
@@ -215,101 +295,10 @@ def _row_json(row: ReportRow) -> dict[str, Any]:
     return data
 
 
-def _totals_table(totals: Totals) -> Table:
-    before, after = totals.before, totals.after
-    shown = [
-        ("FLOPs (forward)", before.flops, after.flops, _count),
-        ("parameters", before.parameters, after.parameters, _count),
-        ("size, bytes", before.size_bytes, after.size_bytes, _count),
-        ("measured, ms", before.latency_ms, after.latency_ms, _milliseconds),
-    ]
-    return _table(
-        "Whole model",
-        ("", "before", "after", "after / before"),
-        [(name, text(old), text(new), _share(old, new)) for name, old, new, text in shown],
-    )
-
-
-def _kept_table(rows: list[ReportRow]) -> Table:
-    cells = []
-    for row in rows:
-        assert row.before is not None
-        assert row.after is not None
-        cells.append(
-            (
-                row.target,
-                row.pass_name,
-                row.reason,
-                f"{_count(row.before.flops)} → {_count(row.after.flops)}",
-                f"{_count(row.before.parameters)} → {_count(row.after.parameters)}",
-                _pair(_milliseconds, row.before.latency_ms, " → ", row.after.latency_ms),
-                _pair(_error, row.predicted_error, " / ", row.measured_error),
-            )
-        )
-    columns = ("layer", "pass", "change", "FLOPs", "parameters", "ms", "error predicted / measured")
-    return _table(f"Changed: {len(rows)}", columns, cells)
-
-
-def _refused_table(rows: list[ReportRow]) -> Table:
-    """One line per pass and reason, because many layers share one."""
-    groups: dict[tuple[str, str], list[ReportRow]] = {}
-    for row in rows:
-        groups.setdefault((row.pass_name, row.reason), []).append(row)
-    cells = []
-    for (pass_name, reason), same in groups.items():
-        names = ", ".join(row.target for row in same[:_TARGETS_SHOWN])
-        more = len(same) - _TARGETS_SHOWN
-        flops = sum(row.before.flops for row in same if row.before is not None)
-        cells.append(
-            (
-                names + (f" and {more} more" if more > 0 else ""),
-                pass_name,
-                reason,
-                _count(flops) if any(row.before for row in same) else "-",
-            )
-        )
-    return _table(f"Left as it was: {len(rows)}", ("layer", "pass", "reason", "FLOPs"), cells)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column == "pass")
-    for row in rows:
-        table.add_row(*map(Text, row))  # as text, because "[8, 128]" is not markup
-    return table
-
-
-def _count(value: float | None) -> str:
-    """Return a count with three digits and a decimal prefix."""
-    if value is None:
-        return "-"
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 999.5:
-            return f"{value:.3g}{prefix}"
-        value /= 1000
-    return f"{value:.3g}P"
-
-
-def _share(before: float | None, after: float | None) -> str:
-    return f"{after / before:.1%}" if before and after is not None else "-"
-
-
-def _pair(
-    text: Callable[[float | None], str], first: float | None, between: str, second: float | None
-) -> str:
-    return "-" if first is None and second is None else f"{text(first)}{between}{text(second)}"
-
-
-def _milliseconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
+def _budget_json(use: BudgetUse) -> dict[str, Any]:
+    return {
+        "asked": str(use.budget),
+        "resource": use.budget.resource,
+        "allowed": use.allowed,
+        "reached": use.reached,
+    }

@@ -46,6 +46,27 @@ def plan_of_one_layer() -> Plan:
     )
 
 
+def guarded_plan() -> Plan:
+    """Return that plan with a budget, a guard, a loss, and a change that was given up."""
+    plan = json.loads(plan_of_one_layer().to_json())
+    plan["recipe"] = {"name": "deploy", "budget": "3MB", "runtime": "onnxruntime"}
+    plan["changes"][0] |= {"loss": 0.0004, "loss_source": "data"}
+    plan["misses"] += [
+        {"pass": "prune-channels", "target": "4", "reason": "given up: accuracy fell to 0"}
+    ]
+    plan["guard"] = {
+        "max_drift": 0.05,
+        "max_drop": 0.01,
+        "score": "accuracy",
+        "batches": 2,
+        "drift": 0.02,
+        "cosine": 0.9998,
+        "score_before": 0.9,
+        "score_after": 0.895,
+    }
+    return Plan.model_validate(plan)
+
+
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
@@ -76,6 +97,63 @@ def test_text_shows_numbers_reasons_and_notes() -> None:
         "note: dimension 1 of input is static",
     ):
         assert part in text
+
+
+def test_what_was_given_up_stands_apart_from_what_was_left_alone() -> None:
+    found = plan_report(guarded_plan())
+    assert [(row.target, row.reason) for row in found.given_up] == [("4", "accuracy fell to 0")]
+    assert [row.target for row in found.refused] == ["2.weight (16 channels)", "3"]
+    text = str(found)
+    assert "Given up for the guard: 1" in text
+    assert "Left as it was: 2" in text
+    (given_up,) = found.to_json()["given_up"]
+    assert (given_up["target"], given_up["decision"]) == ("4", "given up")
+
+
+def test_budget_guard_and_losses_are_shown_with_what_was_reached() -> None:
+    found = plan_report(guarded_plan())
+    text = str(found)
+    for part in (
+        "Budget: 3000000 bytes; at most 3MB, reached 2MB: met",
+        "Guard, on 2 batches: drift 0.02 (at most 0.05), cosine 0.99980, "
+        "accuracy 0.9 → 0.895 (may drop by 0.01)",
+        "0.0004, data",
+        "ms in onnxruntime",
+    ):
+        assert part in text
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["budget"] == {
+        "asked": "3000000 bytes",
+        "resource": "bytes",
+        "allowed": 3e6,
+        "reached": 2e6,
+    }
+    assert data["guard"]["drift"] == 0.02
+    assert data["guard"]["min_cosine"] is None
+    assert data["changes"][0]["loss"] == 0.0004
+    assert data["changes"][0]["loss_source"] == "data"
+
+
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [
+        (0.2, "at most 800k FLOPs, reached 1M FLOPs: not met"),
+        ("60% latency", "at most 1.5 ms, reached 1.25 ms: met"),
+        ("1M parameters", "at most 1M parameters, reached 500k parameters: met"),
+    ],
+)
+def test_a_budget_is_compared_in_its_own_resource(budget: float | str, line: str) -> None:
+    plan = guarded_plan().model_copy(update={"recipe": {"budget": budget}})
+    assert line in str(plan_report(plan))
+
+
+def test_a_latency_that_was_not_measured_is_not_called_met() -> None:
+    plan = guarded_plan()
+    assert plan.totals is not None
+    after = plan.totals.after.model_copy(update={"latency_ms": None})
+    totals = plan.totals.model_copy(update={"after": after})
+    changed = plan.model_copy(update={"recipe": {"budget": "12ms"}, "totals": totals})
+    assert "Budget: 12 ms; what was reached was not measured" in str(plan_report(changed))
 
 
 def test_a_plan_without_changes_says_so() -> None:
