@@ -32,6 +32,8 @@ measured on the architectures in tests/zoo.py the ratio stayed below 5.
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
+CPU_PROVIDER = "CPUExecutionProvider"
+
 VARIANTS = 3
 """Sets of inputs other than the example that every comparison covers, at least."""
 
@@ -138,12 +140,15 @@ class VerifyReport:
         )
 
 
-def session(path: str | Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Load an ONNX file on the CPU.
+def session(
+    model: str | Path | bytes, threads: int | None = None, *, provider: str = CPU_PROVIDER
+) -> onnxruntime.InferenceSession:
+    """Load an ONNX model.
 
     Args:
-        path: The file; external data is read from beside it.
+        model: The file, with external data beside it, or a file's content.
         threads: Threads inside one operation; default: as many as torch uses.
+        provider: The execution provider.
 
     Raises:
         CheckpointError: if there is no such file, or ONNX Runtime cannot load it.
@@ -155,16 +160,18 @@ def session(path: str | Path, threads: int | None = None) -> onnxruntime.Inferen
         raise MissingExtraError(
             "running ONNX files needs onnxruntime: pip install onnxruntime"
         ) from error
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no ONNX file at {path}")
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise CheckpointError(f"there is no ONNX file at {model}")
+    content = model if isinstance(model, bytes) else str(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=[provider])
     except Exception as error:
+        what = "the model" if isinstance(model, bytes) else model
         raise CheckpointError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {first_line(error)}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {what}: {first_line(error)}"
         ) from error
 
 
@@ -216,7 +223,8 @@ def compare(
         actual: The output of ONNX Runtime.
         expected: The output of torch.
         exact: The output of torch in float64 arithmetic.
-        unit_roundoff: Of the coarsest floating-point type that the model uses.
+        unit_roundoff: Of the coarsest type that the model rounds values to, floating-point or
+            integer.
     """
     mismatch = ""
     if actual.shape != expected.shape:
@@ -361,9 +369,15 @@ def _largest(values: torch.Tensor) -> float:
 
 
 def _unit_roundoff(flat: FlatModel) -> float:
+    """Return the coarsest rounding in a model: of its types, or that a module says it does.
+
+    An input that two runtimes compute differently in the last bit may round to neighbouring
+    integers.
+    """
     kinds = {tensor.dtype for tensor in (*flat.parameters(), *flat.example)}
     kinds = {kind for kind in kinds if kind.is_floating_point} or {torch.float32}
-    return max(torch.finfo(kind).eps for kind in kinds) / 2
+    modules = (float(getattr(module, "unit_roundoff", 0.0)) for module in flat.modules())
+    return max(*(torch.finfo(kind).eps / 2 for kind in kinds), *modules)
 
 
 def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -9,6 +9,8 @@ if __name__ == "graphopt.kernels":
     from .fused_linear import FusedLinear, FusedPart, fused_linear_reference
     from .gates import Gate
     from .low_rank import LowRankLinear, low_rank_linear_reference
+    from .quantized_linear import QuantizedLinear
+    from .quantized_operator import quantized_linear, quantized_linear_reference
     from .token_rows import combine_rows, gather_rows, scatter_rows
 
     __all__ = [
@@ -18,12 +20,15 @@ if __name__ == "graphopt.kernels":
         "FusedPart",
         "Gate",
         "LowRankLinear",
+        "QuantizedLinear",
         "block_sparse_linear",
         "block_sparse_linear_reference",
         "combine_rows",
         "fused_linear_reference",
         "gather_rows",
         "low_rank_linear_reference",
+        "quantized_linear",
+        "quantized_linear_reference",
         "scatter_rows",
     ]
 else:
