@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from .errors import InputError
 from .gram import GramAccumulator
+from .objective import Objective, objective_of
 from .padding import padding_input, real_tokens
 from .program import Program, compile_values, shape_of
-from .sensitivity import sensitivity_function
+from .row_chunks import first_rows, model_room_bytes, row_chunks, row_count
 from .structure import flatten
+from .unfold import Unfold
+from .weighted_statistics import (
+    LayerPlace,
+    WeightedStatistics,
+    collect_weighted,
+    grouped,
+    thinned,
+)
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, batches done and batches in all."""
 
-_ROWS_PER_BATCH = 16384
+_PROBE_SAMPLES = 32
+_DIGEST_PART = 2**20
+"""Values digested at once: their copies in float64 stay small beside any model."""
+
+T = TypeVar("T")
 
 
 class Calibration:
@@ -54,6 +67,7 @@ class Calibration:
         self._store = store
         self._progress = progress
         self._digest: str | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def batches(self) -> Iterator[Mapping[str, Any]]:
         """Yield the batches: canonical arguments of the model's forward."""
@@ -77,10 +91,7 @@ class Calibration:
         """
         key = "statistics " + " ".join(f"{node.name}/{dim}" for node, dim in nodes)
         key += f" {unfold.key}" if unfold else ""
-        result: GramAccumulator = program.fact(
-            key, lambda current: self._collect(current, nodes, unfold, key)
-        )
-        return result
+        return self._latest(program, key, lambda: self._collect(program, nodes, unfold, key))
 
     def weighted_statistics(
         self, program: Program, node: tuple[fx.Node, int], unfold: Unfold | None, place: fx.Node
@@ -96,50 +107,112 @@ class Calibration:
         Raises:
             InputError: as `statistics`.
         """
-        key = f"weighted statistics {node[0].name}/{node[1]} {place.name}"
-        result: WeightedStatistics = program.fact(
-            key, lambda current: self._collect_weighted(current, node, unfold, place, key)
-        )
+        layer = LayerPlace(node[0], node[1] % node[0].meta["val"].dim(), unfold, place)
+
+        def collect() -> WeightedStatistics:
+            path = self._path(program, layer.key, self._store or self._gathered())
+            if path is not None and path.exists():
+                return WeightedStatistics.from_state(load_file(path))
+            (found,) = self._sweep(program, [layer])
+            if self._store is not None and path is not None:
+                _save(path, found.state_dict())
+            return found
+
+        return self._latest(program, layer.key, collect)
+
+    def gather(
+        self, program: Program, layers: Iterable[LayerPlace], progress: Progress | None = None
+    ) -> None:
+        """Collect the weighted statistics of many layers in few sweeps over the data.
+
+        As many layers share a sweep as memory allows: their sums and what a pass back keeps take
+        about half of the model's size each, or one layer's sums. Finished ones are on disk, in the
+        store or else in a directory that lives as long as this object.
+
+        Args:
+            program: The program as it is now.
+            layers: The places of the layers, in graph order.
+            progress: Told about every sweep.
+        """
+        folder = self._store or self._gathered(create=True)
+        paths = {layer: self._path(program, layer.key, folder) for layer in layers}
+        missing = [layer for layer, path in paths.items() if path and not path.exists()]
+        groups = list(grouped(missing, model_room_bytes(program)))
+        for number, group in enumerate(groups):
+            found = self._sweep(program, group)
+            for layer in group:
+                path = paths[layer]
+                assert path is not None
+                _save(path, found.pop(0).state_dict())
+            if progress:
+                progress("statistics", number + 1, len(groups))
+
+    def objective(self, program: Program) -> Objective:
+        """Return what the statistics weigh rows by: decided once, when the model is still dense."""
+
+        def decide(current: Program) -> tuple[Calibration, Objective]:
+            with evaluation_mode(current.model):
+                return self, objective_of(current, self.probe(current))
+
+        # The fact holds the calibration too, so that its id is not given to another one.
+        found: tuple[Calibration, Objective] = program.call_fact(f"objective {id(self)}", decide)
+        return found[1]
+
+    def probe(self, program: Program) -> list[list[torch.Tensor]]:
+        """Return the calls with the first samples of the data: few, and small beside the model."""
+        calls: list[list[torch.Tensor]] = []
+        left = _PROBE_SAMPLES
+        for batch in self._batches:
+            tensors = bind(program, batch)
+            rows = row_count(program, tensors)
+            calls.append(first_rows(program, tensors, 0, left))
+            left -= rows or 1
+            if left <= 0:
+                break
+        if not calls:
+            raise InputError("the calibration data holds no batch; pass at least one")
+        return calls
+
+    def _sweep(self, program: Program, layers: Sequence[LayerPlace]) -> list[WeightedStatistics]:
+        objective = self.objective(program)
+        label = layers[-1].output.name
+
+        def calls() -> Iterator[list[torch.Tensor]]:
+            room = model_room_bytes(program) // 2
+            for number, batch in enumerate(self._batches):
+                yield from row_chunks(program, bind(program, batch), room)
+                if self._progress:
+                    self._progress(label, number + 1, self._count())
+
+        with evaluation_mode(program.model):
+            found = collect_weighted(program, calls(), layers, objective)
+        if not found:
+            raise InputError("the calibration data holds no batch; pass at least one")
+        return [
+            # Nothing depends on such a layer: its rows count alike, its errors not at all.
+            item
+            if item.gram.count
+            else replace(
+                item,
+                gram=self.statistics(program, [(layer.source, layer.dim)], layer.unfold),
+            )
+            for layer, item in zip(layers, found, strict=True)
+        ]
+
+    def _latest(self, program: Program, key: str, collect: Callable[[], T]) -> T:
+        """Return a statistic, kept in memory until another one is asked for."""
+        held: dict[str, Any] = program.fact(f"latest statistic {id(self)}", lambda _: {})
+        if key not in held:
+            held.clear()
+            held[key] = collect()
+        result: T = held[key]
         return result
 
-    def _collect_weighted(
-        self,
-        program: Program,
-        node: tuple[fx.Node, int],
-        unfold: Unfold | None,
-        place: fx.Node,
-        key: str,
-    ) -> WeightedStatistics:
-        path = self._path(program, key)
-        if path is not None and path.exists():
-            state = load_file(path)
-            stored = GramAccumulator(state["sum_x"].numel(), state["sum_y"].numel())
-            stored.load_state_dict(state)
-            return WeightedStatistics(stored, state["metric"])
-        run = sensitivity_function(program, [node[0]], place)
-        gram: GramAccumulator | None = None
-        metric = torch.zeros(())
-        with evaluation_mode(program.model):
-            for number, batch in enumerate(self._batches):
-                mask = real_tokens(program, batch)
-                (value,), gradient = run(program.model, bind(program, batch), mask)
-                rows = unfold(value) if unfold else value.movedim(node[1], -1)
-                rows = rows.reshape(-1, rows.shape[-1])
-                slopes = gradient.flatten(2).transpose(1, 2) if unfold else gradient
-                slopes = _thinned(slopes.reshape(-1, slopes.shape[-1]).double())
-                weights = slopes.square().sum(-1)
-                if gram is None:
-                    gram = GramAccumulator(rows.shape[-1], device=rows.device)
-                    metric = slopes.new_zeros(slopes.shape[-1], slopes.shape[-1])
-                gram.update(_thinned(rows), weights=weights)
-                metric += slopes.T @ slopes
-                if self._progress:
-                    self._progress(place.name, number + 1, self._count())
-        if gram is None or gram.count == 0:
-            raise InputError("the calibration data holds no batch; pass at least one")
-        if path is not None:
-            _save(path, {**gram.state_dict(), "metric": metric})
-        return WeightedStatistics(gram, metric)
+    def _gathered(self, *, create: bool = False) -> Path | None:
+        """Return the directory of what was gathered without a store."""
+        if create and self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="graphopt-statistics-")
+        return None if self._temporary is None else Path(self._temporary.name)
 
     def _collect(
         self,
@@ -148,7 +221,7 @@ class Calibration:
         unfold: Unfold | None,
         key: str,
     ) -> GramAccumulator:
-        path = self._path(program, key)
+        path = self._path(program, key, self._store)
         if path is not None and path.exists():
             state = load_file(path)
             stored = GramAccumulator(state["sum_x"].numel(), state["sum_y"].numel())
@@ -169,7 +242,7 @@ class Calibration:
                     masked = mask_name is not None and _has_tokens_of(program, mask_name, node)
                     if masked and mask is not None and mask.shape == rows.shape[:-1]:
                         rows = rows[mask.to(rows.device)]
-                    result.update(_thinned(rows.reshape(-1, rows.shape[-1])))
+                    result.update(thinned(rows.reshape(-1, rows.shape[-1])))
                 if self._progress:
                     self._progress(nodes[-1][0].name, number + 1, self._count())
         if result is None or result.count == 0:
@@ -194,41 +267,13 @@ class Calibration:
             self._digest = digest.hexdigest()
         return self._digest
 
-    def _path(self, program: Program, key: str) -> Path | None:
+    def _path(self, program: Program, key: str, folder: Path | None) -> Path | None:
         """Name a statistic by what it depends on: the place, the batches and the weights before."""
-        if self._store is None:
+        if folder is None:
             return None
-        digest = hashlib.sha256(f"{key} {self.fingerprint()}".encode())
-        for name, parameter in program.model.named_parameters():
-            summary = parameter.detach().double().flatten()
-            digest.update(f"{name}{summary.sum().item()}{summary.square().sum().item()}".encode())
-        return self._store / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-@dataclass(frozen=True)
-class WeightedStatistics:
-    """Statistics whose rows are weighed by their effect on the model's outputs.
-
-    Attributes:
-        gram: Of the layer's inputs.
-        metric: Sum of the outer products of the gradients at its output [outputs, outputs].
-    """
-
-    gram: GramAccumulator
-    metric: torch.Tensor
-
-
-class Unfold:
-    """The rows that a convolution's weight sees: one per output position."""
-
-    def __init__(self, key: str, settings: Mapping[str, Any]) -> None:
-        """Hold kernel_size, stride, padding and dilation of a 2-d convolution."""
-        self.key = key
-        self._settings = dict(settings)
-
-    def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Turn [batch, channels, height, width] into [batch, positions, channels * window]."""
-        return F.unfold(value, **self._settings).transpose(1, 2)
+        weights: str = program.fact("digest of the parameters", _parameter_digest)
+        digest = hashlib.sha256(f"{key} {self.fingerprint()} {weights}".encode())
+        return folder / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def bind(program: Program, batch: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -268,6 +313,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _parameter_digest(program: Program) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in program.model.named_parameters():
+        summary = torch.zeros(2, dtype=torch.float64)
+        for part in parameter.detach().flatten().split(_DIGEST_PART):
+            values = part.double()
+            summary += torch.stack([values.sum(), values.square().sum()]).cpu()
+        digest.update(f"{name}{summary.tolist()}".encode())
+    return digest.hexdigest()
+
+
 def _has_tokens_of(program: Program, mask_name: str, node: fx.Node) -> bool:
     """Say whether a value has the mask's tokens, not others that are as many in this batch.
 
@@ -282,9 +338,3 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
     temporary = path.with_suffix(".tmp")
     save_file(state, temporary)
     temporary.replace(path)
-
-
-def _thinned(rows: torch.Tensor) -> torch.Tensor:
-    """Keep evenly spaced rows where there are very many (convolutions see every pixel)."""
-    step = -(-rows.shape[0] // _ROWS_PER_BATCH)
-    return rows[::step]

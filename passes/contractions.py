@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from .axes import Member
-from .calibration import Unfold
 from .program import Program
+from .unfold import Unfold
 
 _BIAS_POSITIONS = {
     torch.ops.aten.linear.default: 2,

@@ -1,92 +1,98 @@
-"""How much the model's outputs depend on each row of a value inside it."""
+"""How much the model's outputs depend on each row of values inside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from .objective import Objective
 from .program import Program, compile_graph
 
-Rows = tuple[list[torch.Tensor], torch.Tensor]
-"""The values of some nodes, and the gradients [..., outputs] at the place."""
+Rows = tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]
+"""The values of some nodes, and the gradients at the places."""
 
 
 def sensitivity_function(
-    program: Program, nodes: Sequence[fx.Node], place: fx.Node
-) -> Callable[..., Rows]:
-    """Return a function from the model, its input tensors and a padding mask to `Rows`.
+    program: Program, nodes: Sequence[fx.Node], places: Sequence[fx.Node], objective: Objective
+) -> Callable[[Sequence[torch.Tensor], int], Rows]:
+    """Return a function from input tensors and a seed to `Rows`.
 
-    The gradient is that of one random projection of all float outputs with respect to the value
-    of `place`; its mean outer product estimates the output metric of a change there, as in the
-    empirical Fisher matrix. Nothing before `place` is differentiated.
+    The gradients are those of the objective's projection with respect to the values of the places;
+    their mean outer product estimates the output metric of a change there (Gauss-Newton). Nothing
+    before the first place is differentiated, and no parameter.
 
     Args:
-        program: The program as it is now.
-        nodes: Nodes whose values are returned too; all before `place` or equal to its inputs.
-        place: A tensor node, with channels last or, for images, in dimension 1.
+        program: The program as it is now, in evaluation mode when the function runs.
+        nodes: Nodes whose values are returned too.
+        places: Tensor nodes, with channels last or, for images, in dimension 1.
+        objective: What is projected.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    leaf: fx.Node | None = None
+    leaves: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "output":
             break
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node is place:
-            leaf = graph.call_function(_leaf, (copies[node],))
-            copies[node] = graph.call_function(torch.clone, (leaf,))
-    results = [
-        copies[node]
-        for node in program.result.all_input_nodes
-        if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point()
-    ]
-    graph.output(([copies[node] for node in nodes], leaf, results))
+        if node in places:
+            leaves[node] = graph.call_function(_leaf, (copies[node],))
+            # What follows may write in place.
+            copies[node] = graph.call_function(torch.clone, (leaves[node],))
+    (results,) = program.result.args
+    outputs = fx.map_arg(results, copies.__getitem__)
+    graph.output(([copies[node] for node in nodes], [leaves[node] for node in places], outputs))
     run = compile_graph(graph)
 
-    def function(
-        model: torch.nn.Module, tensors: Sequence[torch.Tensor], mask: torch.Tensor | None
-    ) -> Rows:
-        with torch.no_grad():
-            values, at, outputs = run(model, *tensors)
+    def function(tensors: Sequence[torch.Tensor], seed: int) -> Rows:
+        with torch.no_grad(), _frozen(program.model):
+            values, at, found = run(program.model, *tensors)
             with torch.enable_grad():
-                generator = torch.Generator().manual_seed(0)
-                projection = torch.stack(
-                    [
-                        (output * _signs(output, mask, generator)).sum()
-                        for output in outputs
-                        if output.requires_grad
-                    ]
-                ).sum()
-            (gradient,) = torch.autograd.grad(projection, at)
-        return values, gradient
+                projection = objective.projection(program, tensors, found, seed)
+            gradients = torch.autograd.grad(projection, at, allow_unused=True)
+        zeros = (
+            torch.zeros_like(v) if g is None else g for g, v in zip(gradients, at, strict=True)
+        )
+        return [value.detach() for value in values], tuple(zeros)
 
     return function
 
 
 def reaches_outputs(program: Program, place: fx.Node) -> bool:
     """Say whether a float output depends on a node's value through differentiable operations."""
-    reached = {place}
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if floats and any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-    return any(node in reached for node in program.result.all_input_nodes)
+    found: set[fx.Node] = program.fact("nodes that reach float outputs", _reaching)
+    return place in found
+
+
+def _reaching(program: Program) -> set[fx.Node]:
+    reaching = {*program.result.all_input_nodes}
+    for node in reversed(program.graph.nodes):
+        if node in reaching and _is_float(node):
+            reaching.update(node.all_input_nodes)
+    return {node for node in reaching if _is_float(node)}
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _leaf(value: torch.Tensor) -> torch.Tensor:
-    """Start recording gradients at this value; the caller's `no_grad` ends it."""
+    """Record gradients from this value on; the caller's `no_grad` ends it."""
     torch._C._set_grad_enabled(True)
-    return value.detach().requires_grad_(True)
+    return value if value.requires_grad else value.detach().requires_grad_(True)
 
 
-def _signs(
-    output: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator
-) -> torch.Tensor:
-    """Return random signs, 0 where the output belongs to padding."""
-    signs = (torch.randint(0, 2, output.shape, generator=generator) * 2 - 1).to(output)
-    if mask is not None and output.shape[: mask.dim()] == mask.shape:
-        signs *= mask.reshape(*mask.shape, *[1] * (output.dim() - mask.dim())).to(output)
-    return signs
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Record nothing for parameters: their gradients would need all inputs of all layers."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
