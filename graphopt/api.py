@@ -13,7 +13,6 @@ from torch import nn
 
 from graphopt.passes.base import Pass
 from graphopt.passes.calls import expand_arguments
-from graphopt.passes.costs import Costs
 from graphopt.passes.errors import CaptureError, ConfigError
 from graphopt.passes.plan import Plan, Totals
 from graphopt.passes.program import Program
@@ -26,6 +25,7 @@ from .job import Job, Progress, resolve_recipe
 from .model_guard import Score
 from .recipe_schema import Recipe
 from .runtime import install, install_parts, installation_of
+from .timing import costs_for
 
 _TOTAL_BUDGET_S = 1.0
 
@@ -82,7 +82,7 @@ def optimize(
         inplace: Rewrite this very model instead of a copy.
         limit: Accept only the first N changes.
         measure: Keep a rewrite only if it measures faster here.
-        cost_cache: File for measured times.
+        cost_cache: File that keeps measured times; default: one in the user's cache directory.
         calibration_store: Directory that keeps finished statistics, to resume after a stop.
         tokenizer: Directory with the tokenizer for calibration texts.
         progress: Told about every step: label, done, all.
@@ -93,21 +93,22 @@ def optimize(
     Raises:
         GraphoptError: any error a user can cause, with a sentence that says what to do.
     """
+    resolved = resolve_recipe(
+        recipe,
+        budget=budget,
+        ignore=ignore,
+        keep=keep,
+        max_drift=max_drift,
+        min_cosine=min_cosine,
+        allocation=allocation,
+        runtime=runtime,
+    )
     job = Job(
-        recipe=resolve_recipe(
-            recipe,
-            budget=budget,
-            ignore=ignore,
-            keep=keep,
-            max_drift=max_drift,
-            min_cosine=min_cosine,
-            allocation=allocation,
-            runtime=runtime,
-        ),
+        recipe=resolved,
         calibration=calibration,
         store=None if calibration_store is None else Path(calibration_store),
         tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=_costs(model, cost_cache) if measure else None,
+        costs=costs_for(model, resolved.runtime, cost_cache) if measure else None,
         limit=limit,
         seed=seed,
         score=score,
@@ -159,21 +160,22 @@ def plan(
     Raises:
         GraphoptError: as `optimize`.
     """
+    resolved = resolve_recipe(
+        recipe,
+        budget=budget,
+        ignore=ignore,
+        keep=keep,
+        max_drift=max_drift,
+        min_cosine=min_cosine,
+        allocation=allocation,
+        runtime=runtime,
+    )
     job = Job(
-        recipe=resolve_recipe(
-            recipe,
-            budget=budget,
-            ignore=ignore,
-            keep=keep,
-            max_drift=max_drift,
-            min_cosine=min_cosine,
-            allocation=allocation,
-            runtime=runtime,
-        ),
+        recipe=resolved,
         calibration=calibration,
         store=None,
         tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=_costs(model, cost_cache) if measure else None,
+        costs=costs_for(model, resolved.runtime, cost_cache) if measure else None,
         limit=limit,
         seed=seed,
         score=score,
@@ -188,13 +190,6 @@ def plan(
         arguments = call_arguments(model, example_inputs)
         return _finished(job.propose_parts(model, arguments, str(error)), job.recipe)
     return _finished(job.propose(program), job.recipe)
-
-
-def _costs(model: nn.Module, cache: str | Path | None) -> Costs:
-    """Return measured times on the model's device; parts of a meta model are timed on the CPU."""
-    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
-    device = next(iter(devices), torch.device("cpu"))
-    return Costs(None if cache is None else Path(cache), device=device)
 
 
 def _timed(made: Plan, dense: nn.Module, program: Program) -> Plan:

@@ -120,7 +120,6 @@ def optimize(
             **options,
             inplace=True,
             measure=not no_measure,
-            cost_cache=_cost_cache(),
             calibration_store=calibration_store,
             tokenizer=opened.directory,
             progress=progress,
@@ -206,7 +205,6 @@ def bisect(
     opened = open_model(source, factory)
     options |= {
         "measure": not no_measure,
-        "cost_cache": _cost_cache(),
         "tokenizer": opened.directory,
     }
     inputs = example_inputs(opened, batch, length)
@@ -270,7 +268,6 @@ def _show_plan(
             inputs,
             **options,
             measure=not (no_measure or meta),
-            cost_cache=_cost_cache(),
             tokenizer=opened.directory,
             progress=progress,
         )
@@ -278,12 +275,6 @@ def _show_plan(
         typer.echo(made.to_json())
     else:
         show(plan_report(made), as_json=False)
-
-
-def _cost_cache() -> Path:
-    from graphopt.passes.costs import default_cache_path
-
-    return default_cache_path()
 
 
 app.add_typer(cli_results.app)

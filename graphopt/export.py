@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,27 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from graphopt.passes.errors import CheckpointError, ExportError, MissingExtraError
+from graphopt.passes.errors import CheckpointError, ExportError
 from graphopt.passes.registry import pass_named
 
 from . import open_sizes
 from .export_forms import export_forms
 from .flat_model import FlatModel, evaluating, first_line
 from .onnx_runtime import VerifyReport, arguments_for, verify_flat
+from .onnx_translation import OPSETS, plain_attention, quiet, translate
 from .open_sizes import OpenSizes
 from .runtime import installation_of
 
 if TYPE_CHECKING:
     import onnx_ir
-
-OPSETS = (23, 20)
-"""Opsets in the order they are tried.
-
-23 has attention as one operation: faster in ONNX Runtime, and equal to torch where a mask hides
-every position, unlike 20. ONNX Runtime refuses some models in 23 (rotary tables that broadcast).
-"""
 
 EXTERNAL_DATA_THRESHOLD_BYTES = 2**31 - 2**26
 """A protobuf file holds 2 GiB; 64 MiB of them are left to the graph."""
@@ -135,7 +126,7 @@ def export_onnx(
     arguments = arguments_for(model, example_inputs)
     properties = _provenance() | dict(metadata or {})
     opsets = OPSETS if opset is None else (opset,)
-    with evaluating(model), _quiet(), _draft_beside(target) as draft:
+    with evaluating(model), quiet(), _draft_beside(target) as draft:
         flat = FlatModel(model, arguments)
         wanted = (
             open_sizes.candidates(flat) if dynamic is None else open_sizes.requested(dynamic, flat)
@@ -144,7 +135,8 @@ def export_onnx(
         for sizes, program, version in _attempts(flat, wanted, opsets, failures):
             try:
                 names = open_sizes.size_names(program, sizes)
-                translated = _translate(program, flat, names, version)
+                translated = translate(program, flat.input_names, flat.output_names, version)
+                _name_sizes(translated, names)
                 translated.metadata_props.update({**properties, "opset": str(version)})
                 _save(translated, draft, external_data_threshold_bytes)
                 verification = verify_flat(flat, draft)
@@ -210,19 +202,6 @@ def _draft_beside(target: Path) -> Iterator[Path]:
         yield Path(name) / target.name
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines from the user; failures still raise."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 def _attempts(
     flat: FlatModel, wanted: OpenSizes, opsets: tuple[int, ...], failures: list[Exception]
 ) -> Iterator[tuple[OpenSizes, torch.export.ExportedProgram, int]]:
@@ -244,55 +223,14 @@ def _trace(flat: FlatModel, sizes: OpenSizes) -> torch.export.ExportedProgram:
         for name, tensor in zip(flat.input_names, tensors, strict=True)
     )
     try:
-        with torch.no_grad(), _plain_attention(), export_forms(flat):
+        with torch.no_grad(), plain_attention(), export_forms(flat):
             return torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise ExportError(f"torch.export cannot trace the model: {first_line(error)}") from error
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Compute attention from matrix products.
-
-    The fused kernels have other strides, on which views are possible that fail on ONNX's, and the
-    fused encoder layer has no ONNX form.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def _translate(
-    program: torch.export.ExportedProgram,
-    flat: FlatModel,
-    names: Mapping[str, str],
-    version: int,
-) -> onnx_ir.Model:
-    """Turn an ATen graph into an ONNX model with readable names."""
-    try:
-        with _plain_attention():
-            translated = torch.onnx.export(
-                program,
-                input_names=flat.input_names,
-                output_names=flat.output_names,
-                opset_version=version,
-                dynamo=True,
-                verbose=False,
-            )
-    except ImportError as error:
-        raise MissingExtraError(
-            f"ONNX export needs onnx and onnxscript: pip install onnx onnxscript ({error})"
-        ) from error
-    except Exception as error:
-        raise ExportError(
-            f"torch.onnx cannot write the model in opset {version}: {first_line(error)}"
-        ) from error
-    assert translated is not None
-    model = translated.model
+def _name_sizes(model: onnx_ir.Model, names: Mapping[str, str]) -> None:
+    """Give open sizes their readable names, wherever the model has them."""
     values = [*model.graph.inputs, *model.graph.outputs]
     values += [value for node in model.graph.all_nodes() for value in node.outputs]
     for shape in (value.shape for value in values if value.shape is not None):
@@ -300,7 +238,6 @@ def _translate(
             if not isinstance(size, int) and size.value is not None:
                 name = open_sizes.renamed(size.value, names)
                 shape[index] = int(name) if name.isdigit() else name
-    return model
 
 
 def _provenance() -> dict[str, str]:

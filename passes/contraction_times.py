@@ -9,8 +9,11 @@ from torch import fx, nn
 
 from .axes import Axes, ChannelGroup, axes_of
 from .contractions import operation_of
-from .costs import Comparison, Costs
+from .costs import Costs
+from .latency import Comparison, weaker
+from .latency_curve import LatencyCurve, anchor_sizes
 from .program import Program, hint
+from .workload import Workload
 
 
 def compare_sizes(
@@ -18,8 +21,8 @@ def compare_sizes(
 ) -> Comparison | None:
     """Time all contractions that produce or consume a group's units, now and at another size.
 
-    Every operation runs alone, on random numbers of the captured shapes; equal shapes are measured
-    once (`Costs`).
+    Every operation runs alone, on random numbers of the captured shapes, at a few sizes of the
+    group; in between, times are interpolated. Equal shapes are measured once (`Costs`).
 
     Args:
         program: The program.
@@ -31,24 +34,42 @@ def compare_sizes(
     Returns:
         The sums over the operations, None if none of them can be run alone.
     """
-    axes = axes_of(program)
-    fixed = {site.node for site in axes.sites}
-    times = [
-        costs.compare_modules(
-            _module(axes, operation, {}),
-            _module(axes, operation, {group.axis: size}),
-            (1,),
-            torch.float32,
-            training=training,
-        )
-        for operation in _operations(group)
-        if operation not in fixed
-    ]
-    if not times:
+    curves: list[LatencyCurve] = program.fact(
+        f"times of {group.key} in {costs.runner.name}, training {training}",
+        lambda program: _curves(program, group, costs, training),
+    )
+    if not curves:
         return None
+    times = [curve(size) for curve in curves]
     dense_ms = sum(item.dense_ms for item in times)
     candidate_ms = sum(item.candidate_ms for item in times)
-    return Comparison(dense_ms=dense_ms, candidate_ms=candidate_ms, ratio=dense_ms / candidate_ms)
+    return Comparison(
+        dense_ms=dense_ms,
+        candidate_ms=candidate_ms,
+        ratio=dense_ms / candidate_ms,
+        source=weaker(*(item.source for item in times)),
+    )
+
+
+def _curves(
+    program: Program, group: ChannelGroup, costs: Costs, training: bool
+) -> list[LatencyCurve]:
+    """Return the times of every contraction of a group over the group's size."""
+    axes = axes_of(program)
+    fixed = {site.node for site in axes.sites}
+    curves = []
+    for operation in _operations(group):
+        if operation not in fixed:
+            dense = _workload(axes, operation, {})
+            sizes = {
+                size: _workload(axes, operation, {group.axis: size})
+                for size in anchor_sizes(group.size)
+            }
+            compared = {
+                size: costs.compare(dense, work, training=training) for size, work in sizes.items()
+            }
+            curves.append(LatencyCurve(compared, group.size))
+    return curves
 
 
 def _operations(group: ChannelGroup) -> Iterator[fx.Node]:
@@ -63,23 +84,27 @@ def _operations(group: ChannelGroup) -> Iterator[fx.Node]:
                 yield operation
 
 
-def _module(axes: Axes, operation: fx.Node, sizes: Mapping[int, int]) -> nn.Module:
-    """Return a module on the meta device that runs one operation on operands of its own."""
+def _workload(axes: Axes, operation: fx.Node, sizes: Mapping[int, int]) -> Workload:
+    """Return one operation on shapes; what it reads of the model are parameters of its own."""
     root, graph = nn.Module(), fx.Graph()
-    graph.placeholder("unused")
     operands: dict[fx.Node, fx.Node] = {}
+    inputs: list[torch.Tensor] = []
     for index, source in enumerate(operation.all_input_nodes):
         value: torch.Tensor = source.meta["val"]
         shape = [_size(axes, source, dim, sizes) for dim in range(value.dim())]
         empty = torch.empty(shape, dtype=value.dtype, device="meta")
-        root.register_parameter(
-            f"operand_{index}", nn.Parameter(empty, requires_grad=value.is_floating_point())
-        )
-        operands[source] = graph.get_attr(f"operand_{index}")
+        name = f"operand_{index}"
+        if source.op == "get_attr":
+            trained = value.is_floating_point()
+            root.register_parameter(name, nn.Parameter(empty, requires_grad=trained))
+            operands[source] = graph.get_attr(name)
+        else:
+            inputs.append(empty)
+            operands[source] = graph.placeholder(name)
     args, kwargs = fx.map_arg((operation.args, operation.kwargs), operands.__getitem__)
     assert callable(operation.target)
     graph.output(graph.call_function(operation.target, args, kwargs))
-    return fx.GraphModule(root, graph)
+    return Workload(fx.GraphModule(root, graph), tuple(inputs))
 
 
 def _size(axes: Axes, node: fx.Node, dim: int, sizes: Mapping[int, int]) -> int:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import math
-import os
-import platform
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,34 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cost_cache import CostCache, default_cache_path
+from .errors import ConfigError, MissingExtraError
+from .latency import Comparison, Estimate, predicted
+from .roofline import COPIED_BYTES, Rates, predicted_ms, product_workload, rates_from
+from .runners import Runner, TorchRunner, is_present
 from .stopwatch import interleaved_ms
-from .structure import flatten
+from .workload import Workload
+
+__all__ = ["Comparison", "Costs", "Estimate", "default_cache_path"]
 
 _logger = logging.getLogger(__name__)
-_SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A dense part and its candidate, timed in turns.
-
-    Attributes:
-        dense_ms: Median time of the dense part.
-        candidate_ms: Median time of the candidate.
-        ratio: Median over the turns of dense / candidate; above 1 the candidate is faster.
-    """
-
-    dense_ms: float
-    candidate_ms: float
-    ratio: float
 
 
 class Costs:
-    """Times on one device, each measured once per device, versions, threads and precision.
+    """Times on one device in one runtime, each measured once per device, versions and threads.
 
     The dense part and the candidate run in the same process, dtype and math library, at the
     user's own `torch.get_float32_matmul_precision()`, so that neither gets a faster matrix
-    product than the other could have.
+    product than the other could have. Where the dense part cannot be measured (the device is not
+    there, the memory is too small), times are predicted by the roofline model and say so.
+
+    Attributes:
+        runner: The runtime.
     """
 
     def __init__(
@@ -53,20 +43,27 @@ class Costs:
         path: Path | None = None,
         *,
         device: torch.device | str = "cpu",
+        runner: Runner | None = None,
         budget_s: float = 0.2,
     ) -> None:
         """Read what was measured before.
 
         Args:
-            path: A JSON file; None keeps the times in memory. A damaged file is ignored with a
-                logged warning and replaced at the next measurement.
-            device: Where parts run.
+            path: A JSON file (see `CostCache`); None keeps the times in memory.
+            device: Where parts run in torch.
+            runner: Another runtime for inference; default: torch on the device.
             budget_s: Seconds to spend on each part of a comparison, about.
         """
-        self.device = torch.device(device)
-        self._path = path
+        self.runner: Runner = runner if runner is not None else TorchRunner(device)
+        self._cache = CostCache(path)
         self._budget_s = budget_s
-        self._times: dict[str, list[float]] = _read(path) if path is not None else {}
+        self._unmeasurable: set[str] = set()
+        self._last_dense: tuple[str, Callable[[], Any]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of what is timed lie."""
+        return self.runner.device
 
     def measure(
         self, key: str, dense: Callable[[], Any], candidate: Callable[[], Any]
@@ -75,10 +72,11 @@ class Costs:
 
         Args:
             key: Identifies the two; device, versions, threads and precision are added.
-            dense: Runs the dense part once.
-            candidate: Runs what would take its place once.
+            dense: Runs the dense part once, in torch.
+            candidate: Runs what would take its place once, in torch.
         """
-        times = self._cached(f"{key} [compared]", 3, lambda: self._turns(dense, candidate))
+        key = f"{TorchRunner(self.device).environment()} | {key} [compared]"
+        times = self._cache.get(key, 3, lambda: self._turns(dense, candidate))
         return Comparison(dense_ms=times[0], candidate_ms=times[1], ratio=times[2])
 
     def compare_modules(
@@ -92,178 +90,145 @@ class Costs:
     ) -> Comparison:
         """Time a module and its replacement on an input of one shape.
 
-        Both run as copies, filled with random numbers where they are on the meta device;
-        parameters, gradients, buffers and the random generators stay as they are.
-
         Args:
             dense: The module of the model.
             candidate: What would take its place.
             input_shape: Shape of its one input.
             dtype: Type of that input; integers are all 0.
+            training: As in `compare`.
+        """
+        return self.compare(
+            Workload.of_shape(dense, input_shape, dtype),
+            Workload.of_shape(candidate, input_shape, dtype),
+            training=training,
+        )
+
+    def compare(self, dense: Workload, candidate: Workload, *, training: bool) -> Comparison:
+        """Time a workload and what would take its place in turns.
+
+        Both run as copies, filled with random numbers where they are on the meta device;
+        parameters, gradients, buffers and the random generators stay as they are. A candidate
+        that does not run where the dense part does is infinitely slow.
+
+        Args:
+            dense: A part of the model.
+            candidate: What would take its place.
             training: Time a forward and a backward pass in training mode, else a forward pass
                 in evaluation mode without gradients.
         """
+        key = " vs ".join(work.signature(training=training) for work in (dense, candidate))
+        found = self.compare_prepared(
+            key,
+            lambda: self._prepared_dense(dense, training),
+            lambda: self._prepared(candidate, training),
+        )
+        if found is not None:
+            return found
+        before = self.latency(dense, training=training)
+        if before.source == "measured":
+            return Comparison(dense_ms=before.latency_ms, candidate_ms=math.inf, ratio=0.0)
+        after_ms = predicted_ms(candidate, self.rates(candidate.dtype), training=training)
+        return predicted(before.latency_ms, after_ms)
+
+    def compare_prepared(
+        self,
+        key: str,
+        dense: Callable[[], Callable[[], Any]],
+        candidate: Callable[[], Callable[[], Any]],
+    ) -> Comparison | None:
+        """Time two functions of the runtime in turns, or return what was measured before.
+
+        Args:
+            key: Identifies the two; device, runtime, versions and threads are added.
+            dense: Makes the function that runs the dense part (see `Runner.prepare`); called only
+                if nothing was measured before.
+            candidate: The same for what would take its place.
+
+        Returns:
+            The times, None where they cannot be measured.
+        """
 
         def times() -> list[float]:
-            with torch.random.fork_rng(self._generators()):
-                return self._turns(
-                    self._runner(dense, input_shape, dtype, training),
-                    self._runner(candidate, input_shape, dtype, training),
-                )
+            with self._random_numbers_kept():
+                return self._turns(dense(), candidate())
 
-        key = " vs ".join(
-            _signature(module, input_shape, dtype, training) for module in (dense, candidate)
-        )
-        found = self._cached(f"{key} [compared]", 3, times)
+        found = self._measured(f"{key} [compared]", 3, times)
+        if found is None:
+            return None
         return Comparison(dense_ms=found[0], candidate_ms=found[1], ratio=found[2])
+
+    def latency(self, work: Workload, *, training: bool) -> Estimate:
+        """Return the median time of one workload alone; arguments as in `compare`."""
+
+        def times() -> list[float]:
+            with self._random_numbers_kept():
+                run = self._prepared(work, training)
+                return [median(interleaved_ms((run,), self.device, self._budget_s)[0])]
+
+        found = self._measured(work.signature(training=training), 1, times)
+        if found is not None:
+            return Estimate(latency_ms=found[0])
+        time_ms = predicted_ms(work, self.rates(work.dtype), training=training)
+        return Estimate(latency_ms=time_ms, source="predicted")
 
     def module_latency_ms(
         self, module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype, *, training: bool
     ) -> float:
         """Return the median time of one module alone; arguments as in `compare_modules`."""
+        work = Workload.of_shape(module, input_shape, dtype)
+        return self.latency(work, training=training).latency_ms
+
+    def rates(self, dtype: torch.dtype) -> Rates:
+        """Return the device's rates, or the CPU's for a device that is not here."""
+        torch_runner = TorchRunner(self.device if is_present(self.device) else "cpu")
 
         def times() -> list[float]:
-            with torch.random.fork_rng(self._generators()):
-                run = self._runner(module, input_shape, dtype, training)
-                return [median(interleaved_ms((run,), self.device, self._budget_s)[0])]
+            device = torch_runner.device
+            with self._random_numbers_kept():
+                work = product_workload(dtype).on(device, training=False)
+            source = torch.zeros(COPIED_BYTES // 4, device=device)
+            target = torch.empty_like(source)
+            product = torch_runner.prepare(work, training=False)
+            copy = interleaved_ms((product, lambda: target.copy_(source)), device, self._budget_s)
+            return [median(turns) for turns in copy]
 
-        return self._cached(_signature(module, input_shape, dtype, training), 1, times)[0]
+        key = f"{torch_runner.environment()} | rates of {dtype}"
+        return rates_from(*self._cache.get(key, 2, times))
+
+    def _measured(
+        self, key: str, count: int, times: Callable[[], list[float]]
+    ) -> list[float] | None:
+        """Return times from the cache or the clock, None where nothing can be measured."""
+        key = f"{self.runner.environment()} | {key}"
+        if key in self._unmeasurable:
+            return None
+        try:
+            return self._cache.get(key, count, times)
+        except (ConfigError, MissingExtraError):
+            raise
+        except Exception as error:
+            _logger.warning("not measured on %s: %s: %s", self.device, type(error).__name__, error)
+            self._unmeasurable.add(key)
+            return None
+
+    def _prepared_dense(self, work: Workload, training: bool) -> Callable[[], Any]:
+        """Prepare a dense part, or return the last one again: its candidates come in a row."""
+        key = f"{self.runner.environment()} | {work.signature(training=training)}"
+        if self._last_dense is None or self._last_dense[0] != key:
+            self._last_dense = key, self._prepared(work, training)
+        return self._last_dense[1]
+
+    def _prepared(self, work: Workload, training: bool) -> Callable[[], Any]:
+        return self.runner.prepare(work.on(self.device, training=training), training=training)
 
     def _turns(self, dense: Callable[[], Any], candidate: Callable[[], Any]) -> list[float]:
         turns = interleaved_ms((dense, candidate), self.device, self._budget_s)
         ratios = [first / second for first, second in zip(*turns, strict=True)]
         return [*map(median, turns), median(ratios)]
 
-    def _cached(self, key: str, count: int, times: Callable[[], list[float]]) -> list[float]:
-        key = f"{_environment(self.device)} | {key}"
-        found = self._times.get(key)
-        if found is None or len(found) != count:
-            found = self._times[key] = times()
-            if self._path is not None:
-                self._times = {**_read(self._path), **self._times}
-                _write(self._path, self._times)
-        return found
-
-    def _generators(self) -> list[int]:
-        if self.device.type != "cuda":
-            return []
-        return [torch.cuda.current_device() if self.device.index is None else self.device.index]
-
-    def _runner(
-        self, module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype, training: bool
-    ) -> Callable[[], Any]:
-        """Return a function that runs a copy of a module once."""
-        twin = _materialized(copy.deepcopy(module), self.device).train(training)
-        if not dtype.is_floating_point:
-            value = torch.zeros(tuple(input_shape), dtype=dtype, device=self.device)
-        else:
-            value = torch.randn(tuple(input_shape), dtype=dtype, device=self.device)
-        if not training:
-
-            def infer() -> Any:
-                with torch.no_grad():
-                    return twin(value)
-
-            return infer
-        wanted: list[torch.Tensor] = [
-            parameter for parameter in twin.parameters() if parameter.requires_grad
-        ]
-        if dtype.is_floating_point:
-            wanted.append(value.requires_grad_())
-
-        def step() -> Any:
-            with torch.enable_grad():
-                result = flatten(twin(value))[0][0]
-                if not result.requires_grad:
-                    return result
-                return torch.autograd.grad(
-                    result, wanted, torch.ones_like(result), allow_unused=True
-                )
-
-        return step
-
-
-def default_cache_path() -> Path:
-    """Return the file for measured times in the user's cache directory."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "graphopt" / "costs.json"
-
-
-def _materialized(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a module to a device; what is on the meta device gets small random values."""
-    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-        return module.to(device)
-    module = module.to_empty(device=device)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(std=0.02).abs_()
-            else:
-                tensor.zero_()
-    return module
-
-
-def _signature(
-    module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype, training: bool
-) -> str:
-    tensors = [
-        f"{name}:{list(tensor.shape)}:{tensor.dtype}{':trained' * tensor.requires_grad}"
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    ]
-    kind = type(module)
-    mode = "training step" if training else "inference"
-    text = " ".join(str(module).split())
-    return (
-        f"{kind.__module__}.{kind.__qualname__} {text} {' '.join(tensors)} "
-        f"on {list(input_shape)}:{dtype} in a {mode}"
-    )
-
-
-def _environment(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return (
-        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"float32 products {torch.get_float32_matmul_precision()}"
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _read(path: Path) -> dict[str, list[float]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != _SCHEMA:
-            raise ValueError(f"expected schema {_SCHEMA}, got {content['schema']!r}")
-        times = {
-            str(key): [float(item) for item in value] for key, value in content["times"].items()
-        }
-        if not all(math.isfinite(item) and item > 0 for value in times.values() for item in value):
-            raise ValueError("a time is not a positive number")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _logger.warning("the file of measured times %s is ignored: %r", path, error)
-        return {}
-    return times
-
-
-def _write(path: Path, times: dict[str, list[float]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"schema": _SCHEMA, "times": times}, file, indent=1, sort_keys=True)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        _logger.warning("measured times cannot be written to %s: %s", path, error)
+    def _random_numbers_kept(self) -> AbstractContextManager[None]:
+        device = self.device
+        if device.type != "cuda":
+            return torch.random.fork_rng([])
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.random.fork_rng([index])

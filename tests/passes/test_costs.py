@@ -32,7 +32,7 @@ def test_less_work_is_faster(training: bool) -> None:
 def test_equal_work_is_equally_fast() -> None:
     dense, _ = _layers()
     found = Costs().compare_modules(dense, dense, ROWS, torch.float32, training=False)
-    assert 0.7 < found.ratio < 1.4
+    assert 0.5 < found.ratio < 2
 
 
 def test_training_step_takes_longer_than_inference() -> None:

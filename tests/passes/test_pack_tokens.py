@@ -256,11 +256,11 @@ def test_costs_follow_the_real_tokens_and_an_unpadded_example_is_kept_and_says_s
 class SlowCosts(Costs):
     """Finds every candidate half as fast."""
 
-    def measure(
+    def compare_prepared(
         self, key: str, dense: Callable[[], Any], candidate: Callable[[], Any]
     ) -> Comparison:
-        dense()
-        candidate()
+        dense()()
+        candidate()()
         return Comparison(dense_ms=1.0, candidate_ms=2.0, ratio=0.5)
 
 

@@ -250,8 +250,8 @@ def test_padded_rows_are_not_counted() -> None:
 class Slower(Costs):
     """Says that wide layers are slower when smaller, as a real machine can."""
 
-    def compare_modules(self, *args: Any, **kwargs: Any) -> Comparison:
-        found = super().compare_modules(*args, **kwargs)
+    def compare(self, *args: Any, **kwargs: Any) -> Comparison:
+        found = super().compare(*args, **kwargs)
         return Comparison(dense_ms=found.dense_ms, candidate_ms=2 * found.dense_ms, ratio=0.5)
 
 
