@@ -284,6 +284,17 @@ def test_batches_that_do_not_fit_are_numbered(item: Any, words: str) -> None:
         list(open_batches([{"x": torch.ones(3)}, item], model_arguments=["x"]))
 
 
+def test_the_last_quarter_of_texts_has_short_and_long_ones(
+    tmp_path: Path, minilm_directory: Path
+) -> None:
+    path = write_texts(tmp_path / "texts.jsonl", ["one " * count for count in range(1, 10)])
+    opened = open_batches(
+        path, model_arguments=["input_ids"], tokenizer_dir=minilm_directory, batch_size=1
+    )
+    words = [batch["input_ids"].shape[1] - 2 for batch in opened]
+    assert words == [1, 2, 3, 5, 6, 7, 9, 4, 8]
+
+
 def test_texts_need_a_tokenizer_and_a_model_of_tokens(
     tmp_path: Path, minilm_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
