@@ -10,7 +10,7 @@ import torch
 
 from graphopt.passes.base import Context, Cost, Pass
 from graphopt.passes.errors import PlanError
-from graphopt.passes.facts import total_cost
+from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.program import Program
 from graphopt.passes.program_times import compare_programs
 from graphopt.passes.propagation import refresh
@@ -123,6 +123,19 @@ class DryRun:
             snapshot.restore()
             return str(error)
         return None
+
+    def nodes(self, index: int | None) -> dict[str, Cost]:
+        """Return the cost of every operation with one offer's change, None for without any.
+
+        Exact passes play no part, nor does an offer that does not fit.
+        """
+        program = self._program
+        if index is not None:
+            program = twin_of(program)
+            self._place(program, self._offers[index])
+            refresh(program)
+        facts = facts_of(program)
+        return {node.name: facts.cost([node]) for node in facts.nodes}
 
     def time_ms(self, program: Program) -> float:
         """Time a program in turns with the dense one; return its part of the dense time.

@@ -36,6 +36,7 @@ def select(
     *,
     lowest: float,
     highest: float = float("inf"),
+    near: tuple[Sequence[int], int] | None = None,
 ) -> list[int] | None:
     """Choose the candidates that lose least in all and save enough.
 
@@ -48,6 +49,7 @@ def select(
         saved: What each saves, in units of the resource.
         lowest: What they must save together.
         highest: What they may save together.
+        near: Another choice, and how many of its candidates may go and how many may come.
 
     Returns:
         Positions of the chosen candidates in order, None if no choice saves enough.
@@ -56,7 +58,7 @@ def select(
         MissingExtraError: if scipy is not installed.
     """
     losses = np.array([candidate.loss or 0.0 for candidate in candidates])
-    return _solve(candidates, losses, np.array(saved, dtype=float), lowest, highest)
+    return _solve(candidates, losses, np.array(saved, dtype=float), lowest, highest, near)
 
 
 def select_strongest(candidates: Sequence[Candidate], saved: Sequence[float]) -> list[int]:
@@ -72,6 +74,7 @@ def _solve(
     saved: np.ndarray[Any, Any],
     lowest: float,
     highest: float,
+    near: tuple[Sequence[int], int] | None = None,
 ) -> list[int] | None:
     if not candidates:
         return [] if lowest <= 0 else None
@@ -92,6 +95,12 @@ def _solve(
     unit = np.abs(saved).max() or 1.0
     if np.isfinite(lowest) or np.isfinite(highest):
         constraints.append(LinearConstraint(saved[None] / unit, lowest / unit, highest / unit))
+    if near is not None:
+        chosen_before, moves = near
+        there = np.zeros((1, len(candidates)))
+        there[0, list(chosen_before)] = 1
+        constraints.append(LinearConstraint(there, len(chosen_before) - moves, np.inf))
+        constraints.append(LinearConstraint(1 - there, -np.inf, moves))
     scale = np.abs(objective).max() or 1.0
     chosen: list[int] | None = None
     for _ in range(2):

@@ -9,11 +9,15 @@ from graphopt.passes.base import Cost
 from graphopt.passes.budget import Budget, Resource, spent
 
 from .dry_run import DryRun, Realized
+from .interactions import Interactions
 from .offers import Offer
 from .selection import select, select_strongest
 
 _ROUNDS = 10
 _TIMED_ROUNDS = 5
+_FREE_ROUNDS = 3
+"""Rounds before it is looked at how changes interact; most models need no more."""
+_INNER_ROUNDS = 12
 _TOLERANCES: Mapping[Resource, float] = {
     "flops": 0.02,
     "parameters": 0.02,
@@ -63,6 +67,7 @@ class Solver:
     unfit: dict[int, str] = field(default_factory=dict)
     factors: dict[int, float] = field(default_factory=dict)
     rest: float = 0.0
+    _interactions: dict[Resource, Interactions] = field(default_factory=dict)
 
     def solve(self, budget: Budget) -> Choice:
         """Return the choice with the least loss whose dry run meets the budget.
@@ -79,21 +84,55 @@ class Solver:
         allowed = budget.allowed(dense)
         self._learn(resource, (), nothing)
         found = [self._choice((), nothing, resource, allowed)]
+        if found[0].met:
+            return found[0]
         for number in range(_TIMED_ROUNDS if timed else _ROUNDS):
-            if (1 - tolerance) * allowed <= spent(found[-1].cost, resource) <= allowed or (
-                number == 0 and found[0].met
-            ):
-                break
-            # After a few rounds the middle of what is tolerated is the safer aim.
-            middle = tolerance / 4 if timed or number >= _ROUNDS // 2 else tolerance / 100
-            chosen = self.select(resource, (1 - middle) * allowed, (1 - tolerance) * allowed)
+            # The middle of what is tolerated is the safer aim where times are noisy.
+            aim = 1 - tolerance / (4 if timed else 100)
+            least = (1 - tolerance) * allowed
+            if timed or number < _FREE_ROUNDS:
+                chosen = self.select(resource, aim * allowed, least)
+            else:
+                best = min(found, key=lambda choice: _distance(choice, resource))
+                chosen = self._beside(resource, best, aim * allowed, least)
             if chosen in [choice.chosen for choice in found]:
                 continue
             realized = self.dry_run.realize(chosen, timed=timed)
             self.unfit.update(realized.unfit)
             self._learn(resource, chosen, realized)
             found.append(self._choice(chosen, realized, resource, allowed))
+            if least <= spent(realized.cost, resource) <= allowed:
+                break
         return min(found, key=lambda choice: _rank(choice, resource, tolerance))
+
+    def _beside(
+        self, resource: Resource, choice: Choice, most: float, least: float
+    ) -> tuple[int, ...]:
+        """Return a choice whose savings are linearised around others until they agree.
+
+        Args:
+            resource: What is spent.
+            choice: Where to start; its dry run corrects the predictions.
+            most: The amount that may be spent.
+            least: Spend no less, if the levels allow it.
+        """
+        if resource not in self._interactions:
+            self._interactions[resource] = Interactions(self.offers, self.dry_run, resource)
+        model = self._interactions[resource]
+        dense = spent(self.dry_run.dense, resource)
+        _, predicted = model.saved(choice.chosen)
+        error = dense - spent(choice.cost, resource) - predicted
+        chosen = choice.chosen
+        for moves in range(_INNER_ROUNDS, 0, -1):
+            amounts, total = model.saved(chosen)
+            # The part of the savings that the linear form does not see at this choice.
+            apart = error + total - sum(amounts[index] for index in chosen)
+            left = dense - apart
+            chosen = self._select(amounts, left - most, left - least, (chosen, moves))
+            spends = dense - error - model.saved(chosen)[1]
+            if least <= spends <= most:
+                break
+        return chosen
 
     def select(self, resource: Resource, most: float, least: float) -> tuple[int, ...]:
         """Return the choice that is predicted to lose least within an amount.
@@ -103,14 +142,30 @@ class Solver:
             most: The amount that may be spent.
             least: Spend no less, if the levels allow it.
         """
-        saved = self.saved(resource)
+        left = spent(self.dry_run.dense, resource) - self.rest
+        return self._select(self.saved(resource), left - most, left - least)
+
+    def _select(
+        self,
+        saved: Sequence[float],
+        lowest: float,
+        highest: float,
+        near: tuple[Sequence[int], int] | None = None,
+    ) -> tuple[int, ...]:
+        """Return the best choice that saves so much, or else the one that saves most."""
         usable = [index for index in range(len(self.offers)) if index not in self.unfit]
         candidates = [self.offers[index].candidate for index in usable]
         amounts = [saved[index] for index in usable]
-        left = spent(self.dry_run.dense, resource) - self.rest
-        chosen = select(candidates, amounts, lowest=left - most, highest=left - least)
+        chosen = None
+        if near is not None:
+            start = [usable.index(index) for index in near[0]]
+            chosen = select(
+                candidates, amounts, lowest=lowest, highest=highest, near=(start, near[1])
+            )
         if chosen is None:
-            chosen = select(candidates, amounts, lowest=left - most)
+            chosen = select(candidates, amounts, lowest=lowest, highest=highest)
+        if chosen is None:
+            chosen = select(candidates, amounts, lowest=lowest)
         if chosen is None:
             chosen = select_strongest(candidates, amounts)
         return tuple(usable[index] for index in chosen)
@@ -177,3 +232,7 @@ def _rank(choice: Choice, resource: Resource, tolerance: float) -> tuple[float, 
     if choice.met and amount >= (1 - tolerance) * choice.allowed:
         return 0.0, choice.loss
     return (1.0, -amount) if choice.met else (2.0, amount)
+
+
+def _distance(choice: Choice, resource: Resource) -> float:
+    return abs(spent(choice.cost, resource) - choice.allowed)
