@@ -17,6 +17,7 @@ from .cli_models import (
     open_model,
 )
 from .cli_options import (
+    Allocation,
     Batch,
     Budget,
     CalibrationFile,
@@ -27,10 +28,14 @@ from .cli_options import (
     Keep,
     Length,
     Limit,
+    MaxDrift,
     Meta,
+    MinCosine,
     NoMeasure,
     Optimized,
     RecipeName,
+    Runtime,
+    Seed,
     Source,
 )
 from .cli_terminal import activity, command, progress_bar, say, show, show_json
@@ -85,6 +90,11 @@ def optimize(
     ] = None,
     recipe: RecipeName = "train",
     budget: Budget = None,
+    max_drift: MaxDrift = None,
+    min_cosine: MinCosine = None,
+    allocation: Allocation = None,
+    runtime: Runtime = None,
+    seed: Seed = 0,
     calibration: CalibrationFile = None,
     calibration_store: CalibrationStore = None,
     ignore: Ignore = None,
@@ -100,7 +110,18 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Make a checkpoint cheaper and write it, with the report of what changed."""
-    options = _options(recipe, budget, ignore, keep, calibration, limit)
+    options = _options(
+        recipe,
+        ignore,
+        keep,
+        calibration,
+        budget=budget,
+        max_drift=max_drift,
+        min_cosine=min_cosine,
+        allocation=allocation,
+        runtime=runtime,
+    )
+    options |= {"limit": limit, "seed": seed}
     if dry_run:
         _show_plan(source, factory, options, no_measure, batch, length, as_json, meta=False)
         return
@@ -137,11 +158,17 @@ def optimize(
     app,
     "graphopt plan minilm/ --recipe deploy --budget 60%",
     "graphopt plan llama-7b/ --meta --json",
+    "graphopt plan minilm/ --recipe deploy --calibration texts.jsonl --sweep -o frontier/",
 )
 def plan(
     source: Source,
     recipe: RecipeName = "train",
     budget: Budget = None,
+    max_drift: MaxDrift = None,
+    min_cosine: MinCosine = None,
+    allocation: Allocation = None,
+    runtime: Runtime = None,
+    seed: Seed = 0,
     calibration: CalibrationFile = None,
     ignore: Ignore = None,
     keep: Keep = None,
@@ -151,10 +178,35 @@ def plan(
     meta: Meta = False,
     batch: Batch = None,
     length: Length = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Show what accuracy costs, from 90% to 30% of the cost.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="With --sweep: write frontier.json and .png here."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what `optimize` would change, and every refusal with its reason; change nothing."""
-    options = _options(recipe, budget, ignore, keep, calibration, limit)
+    if output is not None and not sweep:
+        raise typer.BadParameter("--output goes with --sweep: a plan alone writes nothing")
+    options = _options(
+        recipe,
+        ignore,
+        keep,
+        calibration,
+        budget=budget,
+        max_drift=max_drift,
+        min_cosine=min_cosine,
+        allocation=allocation,
+        runtime=runtime,
+    )
+    options |= {"limit": limit, "seed": seed}
+    if sweep:
+        _show_frontier(source, factory, options, no_measure, batch, length, as_json, output)
+        return
     _show_plan(source, factory, options, no_measure, batch, length, as_json, meta=meta)
 
 
@@ -200,8 +252,7 @@ def bisect(
     """Find the first change that breaks the model or makes its outputs differ too much."""
     from .cli_bisect import first_bad_change
 
-    options = _options(recipe, budget, ignore, keep, calibration, None)
-    del options["limit"]
+    options = _options(recipe, ignore, keep, calibration, budget=budget)
     opened = open_model(source, factory)
     options |= {
         "measure": not no_measure,
@@ -215,29 +266,28 @@ def bisect(
 
 def _options(
     recipe: str,
-    budget: str | None,
     ignore: list[str] | None,
     keep: list[str] | None,
     calibration: Path | None,
-    limit: int | None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Return the options of `graphopt.plan`, checked before a model is read."""
-    from graphopt.passes.base import matches, parse_share
+    """Return the options of `graphopt.plan`, checked before a model is read.
 
-    from .recipes import load_recipe
+    Args:
+        recipe: The recipe.
+        ignore: Targets to leave alone.
+        keep: Texts such as `layer.0.mlp=50%`.
+        calibration: File of real inputs.
+        settings: What else to put on top of the recipe.
+    """
+    from .job import resolve_recipe
 
-    parse_share(budget, "the budget")
-    shares = keep_shares(keep or ())
-    for pattern in (*(ignore or ()), *shares):
-        matches(pattern, "")
     check_file(calibration, "calibration")
     return {
-        "recipe": load_recipe(recipe),
-        "budget": budget,
-        "ignore": tuple(ignore or ()),
-        "keep": shares,
+        "recipe": resolve_recipe(
+            recipe, ignore=tuple(ignore or ()), keep=keep_shares(keep or ()), **settings
+        ),
         "calibration": calibration,
-        "limit": limit,
     }
 
 
@@ -275,6 +325,35 @@ def _show_plan(
         typer.echo(made.to_json())
     else:
         show(plan_report(made), as_json=False)
+
+
+def _show_frontier(
+    source: Path,
+    factory: str | None,
+    options: dict[str, Any],
+    no_measure: bool,
+    batch: int | None,
+    length: int | None,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    from .frontier import frontier
+
+    del options["limit"]
+    opened = open_model(source, factory)
+    inputs = example_inputs(opened, batch, length)
+    with progress_bar() as progress:
+        found = frontier(
+            opened.model,
+            inputs,
+            **options,
+            measure=not no_measure,
+            tokenizer=opened.directory,
+            progress=progress,
+        )
+    if output is not None:
+        found.save(output)
+    show(found, as_json=as_json)
 
 
 app.add_typer(cli_results.app)

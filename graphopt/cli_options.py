@@ -28,13 +28,45 @@ Factory = Annotated[
 RecipeName = Annotated[
     str,
     typer.Option(
-        "--recipe", help="exact, train, deploy, a YAML file, or passes separated by commas."
+        "--recipe",
+        help="A preset (see `graphopt passes`), a YAML file, or passes separated by commas.",
     ),
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(metavar="SHARE", help="Forward FLOPs to keep: 60% or 0.6. Default: the recipe's."),
+    typer.Option(
+        metavar="BUDGET",
+        help="What one forward pass may cost: a share of the dense model's FLOPs (60% or 0.6), "
+        "latency, parameters or bytes (60% latency), or an amount (12ms, 2 GFLOPs, "
+        "5M parameters, 40MB). Default: the recipe's.",
+    ),
 ]
+MaxDrift = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Give up changes beyond this relative error of the outputs: 10% or 0.1.",
+    ),
+]
+MinCosine = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Give up changes below this mean cosine of the outputs."),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="uniform: the same share everywhere; solver: where it costs least accuracy.",
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where inference is timed: torch, onnxruntime, or onnxruntime:EXECUTION_PROVIDER.",
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Orders equally good choices.")]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(

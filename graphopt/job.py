@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
+from graphopt.passes.allocation.frontier import Point
+from graphopt.passes.allocation.sweep import sweep
 from graphopt.passes.base import Context, Pass
-from graphopt.passes.budget import parse_budget
+from graphopt.passes.budget import Budget, parse_budget
 from graphopt.passes.calibration import Calibration
 from graphopt.passes.calls import signature_of
 from graphopt.passes.costs import Costs
-from graphopt.passes.errors import CaptureError, ConfigError, VerificationError
-from graphopt.passes.guard import Guard, PreparedGuard
+from graphopt.passes.errors import CaptureError, ConfigError
+from graphopt.passes.guard import Guard
 from graphopt.passes.manager import PassManager
 from graphopt.passes.plan import CostRecord, Plan, Totals
 from graphopt.passes.program import Program
@@ -71,26 +73,32 @@ class Job:
         )
 
     def run(self, program: Program) -> Plan:
-        """Change a program of a whole model; return what was done.
-
-        Raises:
-            VerificationError: if the guard's score is not the same when measured twice.
-        """
+        """Change a program of a whole model; return what was done."""
         model = program.model
         data = self._data(model, program.example, by_rows=_has_dynamic_rows(program))
-        guard = self.guard(model)
-        if guard is None or any(parameter.is_meta for parameter in model.parameters()):
-            return self._manager(data.fitted, guard).run(program)
-        for step in self.recipe.build_passes():
-            step.note_unread(program)
-        prepared = guard.prepared(program, data.held_out)
-        made = self._manager(data.fitted, prepared).run(program)
-        return _judged(made, prepared, program, data)
+        made = self._manager(data, data.fitted, self.guard(model)).run(program)
+        return _noted(made, data)
 
     def propose(self, program: Program) -> Plan:
-        """Return what would be done to a program of a whole model, but for the guard."""
+        """Return what would be done to a program of a whole model; the guard is not checked."""
+        model = program.model
+        data = self._data(model, program.example, by_rows=_has_dynamic_rows(program))
+        made = self._manager(data, data.fitted, self.guard(model)).propose(program)
+        return self._unchecked(made)
+
+    def frontier(self, program: Program, budgets: Sequence[Budget]) -> Iterator[Point]:
+        """Yield what the solver reaches for a program of a whole model at each budget."""
         data = self._data(program.model, program.example, by_rows=_has_dynamic_rows(program))
-        return self._unguarded(self._manager(data.fitted, None).propose(program))
+        manager = self._manager(data, data.fitted, None)
+        return sweep(
+            program,
+            manager.passes,
+            manager.context,
+            budgets,
+            seed=self.seed,
+            store=self.store,
+            progress=self.progress,
+        )
 
     def run_parts(self, model: nn.Module, arguments: dict[str, Any], reason: str) -> Plan:
         """Change and install the parts of a model that can be captured; return what was done.
@@ -113,25 +121,25 @@ class Job:
         for part in parts:
             plans[part.name] = self._part_manager(model, part, data, prepared).run(part.program)
             install(part.program, plans[part.name])
-        made = _of_parts(model, plans, reason)
-        return made if prepared is None else _judged(made, prepared, parts[-1].program, data)
+        return _noted(_of_parts(model, plans, reason), data)
 
     def propose_parts(self, model: nn.Module, arguments: dict[str, Any], reason: str) -> Plan:
         """Return what would be done to the parts of a model; arguments as in `run_parts`."""
         parts = self._parts(model, arguments, reason)
         data = self._data(model, arguments)
+        guard = self.guard(model, whole=False)
         plans = {
-            part.name: self._part_manager(model, part, data, None).propose(part.program)
+            part.name: self._part_manager(model, part, data, guard).propose(part.program)
             for part in parts
         }
-        return self._unguarded(_of_parts(model, plans, reason))
+        return self._unchecked(_of_parts(model, plans, reason))
 
     @property
     def _is_guarded(self) -> bool:
         limits = (self.recipe.max_drift, self.recipe.min_cosine, self.score)
         return any(limit is not None for limit in limits)
 
-    def _unguarded(self, made: Plan) -> Plan:
+    def _unchecked(self, made: Plan) -> Plan:
         if not self._is_guarded:
             return made
         note = "a plan is not checked against the guard; optimize may give changes up"
@@ -165,14 +173,14 @@ class Job:
         self, model: nn.Module, part: Part, data: Split, guard: Guard | None
     ) -> PassManager:
         fitted = None if data.fitted is None else PartBatches(model, part.name, data.fitted)
-        return self._manager(fitted, guard)
+        return self._manager(data, fitted, guard)
 
     def _manager(
-        self, batches: Iterable[Mapping[str, Any]] | None, guard: Guard | None
+        self, data: Split, fitted: Iterable[Mapping[str, Any]] | None, guard: Guard | None
     ) -> PassManager:
         calibration = None
-        if batches is not None:
-            calibration = Calibration(batches, store=self.store, progress=self.progress)
+        if fitted is not None:
+            calibration = Calibration(fitted, store=self.store, progress=self.progress)
         recipe = self.recipe
         return PassManager(
             passes=recipe.build_passes(),
@@ -186,6 +194,7 @@ class Job:
             budget=parse_budget(recipe.budget),
             allocation=recipe.allocation,
             guard=guard,
+            guard_batches=data.held_out,
             seed=self.seed,
             store=self.store,
             limit=self.limit,
@@ -197,7 +206,7 @@ def resolve_recipe(
     recipe: str | Path | Recipe | Sequence[str | Pass],
     *,
     ignore: Sequence[str],
-    allocation: str | None,
+    allocation: str | None = None,
     **settings: Any,
 ) -> Recipe:
     """Return a recipe with what the caller said on top; what is None stays as it is.
@@ -212,17 +221,11 @@ def resolve_recipe(
     return load_recipe(recipe).with_settings(allocation=allocation, ignore=patterns, **settings)
 
 
-def _judged(made: Plan, guard: PreparedGuard, program: Program, data: Split) -> Plan:
-    """Return the plan with what the guard finds in the end."""
-    check = guard.made
-    verdict = check.check(program)
-    if not verdict.ok:
-        raise VerificationError(
-            f"the guard held after every change, and at last it does not: {verdict.sentence}; "
-            "a score must give the same number for the same model"
-        )
-    notes = made.notes if data.note is None else (*made.notes, data.note)
-    return made.model_copy(update={"guard": check.record(verdict), "notes": notes})
+def _noted(made: Plan, data: Split) -> Plan:
+    """Return the plan with what is to be said of the data that the guard looked at."""
+    if made.guard is None or data.note is None:
+        return made
+    return made.model_copy(update={"notes": (*made.notes, data.note)})
 
 
 def _of_parts(model: nn.Module, parts: dict[str, Plan], reason: str) -> Plan:
@@ -233,6 +236,7 @@ def _of_parts(model: nn.Module, parts: dict[str, Plan], reason: str) -> Plan:
         model_class=type(model).__name__,
         notes=(f"only parts are optimized ({names}), because {reason}",),
         parts=parts,
+        guard=list(parts.values())[-1].guard,  # it looked at the whole model
         totals=Totals(
             before=_sum([total.before for total in totals]),
             after=_sum([total.after for total in totals]),

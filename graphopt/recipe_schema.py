@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -193,7 +195,7 @@ class Recipe(BaseModel):
         own = self._own()
         if "budget" in given and own.get("allocation") == "uniform":
             del own["allocation"]
-        return Recipe.model_validate(
+        return checked_recipe(
             {
                 **own,
                 **given,
@@ -215,6 +217,18 @@ class Recipe(BaseModel):
         return as_yaml(self.model_dump(mode="json"))
 
 
+def checked_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with these keys.
+
+    Raises:
+        ConfigError: if a key is unknown or a value is not valid, with the first problem.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
 def as_yaml(recipe: Mapping[str, Any]) -> str:
     """Return a recipe as a plan holds it as a YAML document that `load_recipe` reads back."""
     return str(yaml.safe_dump(dict(recipe), sort_keys=False))
@@ -232,3 +246,18 @@ def _fraction(value: Any, name: str, what: str, most: float) -> float | None:
     if not (math.isfinite(number) and 0 <= number <= most):
         raise ConfigError(f"{name} must be {what}, got {value!r}")
     return number
+
+
+def _sentence(error: ValidationError) -> str:
+    """Say the first problem that a validation found, with a near match for an unknown key."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    *parents, last = (str(part) for part in first["loc"])
+    where = f" in {'.'.join(parents)}" if parents else ""
+    if first["type"] == "extra_forbidden":
+        known = (PassSpec if parents else Recipe).model_fields
+        near = difflib.get_close_matches(last, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+        return f"unknown key {last!r}{where}; {hint}"
+    if first["type"] == "missing":
+        return f"the key {last!r} is missing{where}"
+    return f"{last}{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"

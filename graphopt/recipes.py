@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from graphopt.passes.base import Pass
 from graphopt.passes.errors import ConfigError
 from graphopt.passes.registry import options_of, parse_pipeline, pass_names
 
-from .recipe_schema import PassSpec, Recipe
+from .recipe_schema import PassSpec, Recipe, checked_recipe
 
 __all__ = ["PassSpec", "Recipe", "load_recipe", "preset_names"]
 
@@ -139,23 +138,6 @@ def _parsed(text: str, what: str) -> dict[str, Any]:
 
 def _validated(data: dict[str, Any], what: str) -> Recipe:
     try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{what}: {_sentence(error)}") from error
+        return checked_recipe(data)
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
-
-
-def _sentence(error: ValidationError) -> str:
-    """Say the first problem that a validation found, with a near match for an unknown key."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    *parents, last = (str(part) for part in first["loc"])
-    where = f" in {'.'.join(parents)}" if parents else ""
-    if first["type"] == "extra_forbidden":
-        known = (PassSpec if parents else Recipe).model_fields
-        near = difflib.get_close_matches(last, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-        return f"unknown key {last!r}{where}; {hint}"
-    if first["type"] == "missing":
-        return f"the key {last!r} is missing{where}"
-    return f"{last}{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
