@@ -9,6 +9,7 @@ from graphopt.export import export_onnx
 from graphopt.passes.plan import Plan
 from graphopt.passes.program import Program
 from graphopt.report import report
+from graphopt.training.recover import recover
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "optimize",
     "plan",
+    "recover",
     "report",
     "save",
 ]

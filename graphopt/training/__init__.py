@@ -1,7 +1,8 @@
 """What a training loop needs to spend compute where it matters, and to know what it spent.
 
 Schedules follow a clock of operations, a ledger counts them, samples that are learned come less
-often, sparse blocks move; all of it resumes exactly, on one machine and on many.
+often, sparse blocks move; all of it resumes exactly, on one machine and on many. `recover` trains
+what was compressed after the model it came from.
 """
 
 from graphopt.training.block_topology import BlockTopology
@@ -14,6 +15,13 @@ from graphopt.training.frozen_depth import DepthProbe, choose_frozen_depth
 from graphopt.training.ledger import Entry, Ledger
 from graphopt.training.prefix_cache import PrefixCache
 from graphopt.training.ranks import in_step
+from graphopt.training.recover import recover
+from graphopt.training.recovery_report import (
+    Judgement,
+    RecoveryPoint,
+    RecoveryReport,
+    recovery_of,
+)
 from graphopt.training.sample_gate import SampleGate
 from graphopt.training.sample_ids import WithSampleIds
 from graphopt.training.saved_training import load_training, save_training
@@ -25,8 +33,11 @@ __all__ = [
     "DepthProbe",
     "Entry",
     "ExecutedFlops",
+    "Judgement",
     "Ledger",
     "PrefixCache",
+    "RecoveryPoint",
+    "RecoveryReport",
     "SampleGate",
     "Teacher",
     "WithSampleIds",
@@ -35,5 +46,7 @@ __all__ = [
     "distill",
     "in_step",
     "load_training",
+    "recover",
+    "recovery_of",
     "save_training",
 ]
