@@ -12,12 +12,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from .errors import ConfigError
+from .latency import Comparison, Source
 from .program import Program
 
 if TYPE_CHECKING:
@@ -53,13 +54,19 @@ class Cost:
         flops: Floating point operations of one forward (a multiply-add is 2).
         size_bytes: Bytes of the parameters it reads.
         parameters: Number of those parameters.
-        latency_ms: Measured median, None where nothing was measured.
+        latency_ms: Time at the example's sizes, None where nothing is known of it.
+        latency_source: Where the time comes from; empty where there is none.
     """
 
     flops: int
     size_bytes: int
     parameters: int
     latency_ms: float | None = None
+    latency_source: Literal["", Source] = ""
+
+    def timed(self, latency_ms: float, source: Source = "measured") -> Cost:
+        """Return the cost with a time."""
+        return replace(self, latency_ms=latency_ms, latency_source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,14 @@ class Candidate:
     loss_source: str = ""
     shared: frozenset[str] = frozenset()
     exclusive: frozenset[str] = frozenset()
+
+    def timed(self, times: Comparison) -> Candidate:
+        """Return the candidate with the times of what it rewrites and of what takes its place."""
+        return replace(
+            self,
+            before=self.before.timed(times.dense_ms, times.source),
+            after=self.after.timed(times.candidate_ms, times.source),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

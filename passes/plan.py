@@ -27,6 +27,7 @@ class CostRecord(_Record):
     size_bytes: int = Field(ge=0)
     parameters: int = Field(ge=0)
     latency_ms: float | None = None
+    latency_source: Literal["", "measured", "interpolated", "predicted"] = ""
 
 
 class ChangeRecord(_Record):
@@ -194,6 +195,7 @@ def cost_record(cost: Cost) -> CostRecord:
         size_bytes=cost.size_bytes,
         parameters=cost.parameters,
         latency_ms=cost.latency_ms,
+        latency_source=cost.latency_source,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from graphopt.kernels import BlockLayout, BlockSparseLinear
@@ -72,12 +70,7 @@ def measured(
         source.meta["val"].dtype,
         training=training,
     )
-    timed = replace(
-        candidate,
-        before=replace(candidate.before, latency_ms=times.dense_ms),
-        after=replace(candidate.after, latency_ms=times.candidate_ms),
-    )
-    return timed, times.ratio
+    return candidate.timed(times), times.ratio
 
 
 def _random_layer(details: Sparsification, layer: LinearLayer) -> BlockSparseLinear:

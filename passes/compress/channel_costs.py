@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from graphopt.passes.axes import ChannelGroup
 from graphopt.passes.base import Candidate, Change, Cost
@@ -73,12 +72,7 @@ def measured(
         times = compare_sizes(program, group, size, costs, training=training)
     if times is None:
         return candidate, None
-    timed = replace(
-        candidate,
-        before=replace(candidate.before, latency_ms=times.dense_ms),
-        after=replace(candidate.after, latency_ms=times.candidate_ms),
-    )
-    return timed, times.ratio
+    return candidate.timed(times), times.ratio
 
 
 def levels_of(group: ChannelGroup, step: int) -> list[int]:

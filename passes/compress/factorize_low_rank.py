@@ -297,12 +297,7 @@ def _measured(program: Program, candidate: Candidate, context: Context) -> tuple
     times = context.costs.compare_modules(
         layer, factors, shape_of(source), source.meta["val"].dtype, training=context.training
     )
-    timed = replace(
-        candidate,
-        before=replace(candidate.before, latency_ms=times.dense_ms),
-        after=replace(candidate.after, latency_ms=times.candidate_ms),
-    )
-    return timed, times.ratio
+    return candidate.timed(times), times.ratio
 
 
 def _factors(program: Program, change: Change, context: Context) -> Factors:

@@ -7,7 +7,7 @@ after:  from the last attention on, the queries, the feed-forward layer, norms a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
@@ -106,15 +106,7 @@ class DropDeadTokens(Pass):
         times = compare_programs(context.costs, program, twin, what, training=context.training)
         if times.ratio <= 1:
             return self._refusal(f"measured {times.ratio:.2f}x, all tokens are kept")
-        return Proposal(
-            candidates=(
-                replace(
-                    candidate,
-                    before=replace(before, latency_ms=times.dense_ms),
-                    after=replace(after, latency_ms=times.candidate_ms),
-                ),
-            )
-        )
+        return Proposal(candidates=(candidate.timed(times),))
 
     def _refusal(self, reason: str) -> Proposal:
         return Proposal(misses=(Miss(pass_name=self.name, target=_TARGET, reason=reason),))

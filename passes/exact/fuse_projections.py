@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -209,11 +209,7 @@ def _measured(
         source.meta["val"].dtype,
         training=context.training,
     )
-    timed = replace(
-        candidate,
-        before=replace(candidate.before, latency_ms=times.dense_ms),
-        after=replace(candidate.after, latency_ms=times.candidate_ms),
-    )
+    timed = candidate.timed(times)
     if times.ratio > 1:
         return timed, None
     names = _short([str(node.target) for node in group])

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import fx, nn
 
 from graphopt.passes.attention_masks import padding_attentions
-from graphopt.passes.base import Candidate, Change, Context, Cost, Miss, Pass, Proposal, State
+from graphopt.passes.base import Candidate, Change, Context, Miss, Pass, Proposal, State
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import total_cost
@@ -148,13 +148,8 @@ class PackTokens(Pass):
             f"{rows} of {positions} tokens packed",
             training=context.training,
         )
-        timed = replace(
-            candidate,
-            before=_timed(candidate.before, times.dense_ms),
-            after=_timed(candidate.after, times.candidate_ms),
-        )
         if times.ratio > 1:
-            return Proposal(candidates=(timed,))
+            return Proposal(candidates=(candidate.timed(times),))
         return self._refusal(
             f"packed measured {times.ratio:.2f}x at the example's padding, kept padded"
         )
@@ -217,7 +212,3 @@ def _count(program: Program, name: str) -> tuple[int, int]:
     mask = batch[name]
     real = None if mask.is_meta else real_tokens(program, batch)
     return (mask.numel() if real is None else int(real.sum())), mask.numel()
-
-
-def _timed(cost: Cost, latency_ms: float) -> Cost:
-    return replace(cost, latency_ms=latency_ms)
