@@ -101,7 +101,10 @@ class RecoveryLoop:
         self._batches, self._examined = batches, examined
         self._parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=self._settings.learning_rate, weight_decay=0.0
+            self._parameters.values(),
+            lr=self._settings.learning_rate,
+            weight_decay=0.0,
+            fused=all(p.device.type in ("cpu", "cuda") for p in self._parameters.values()),
         )
         self._sites = self._matched()
         self._best = self._copied()

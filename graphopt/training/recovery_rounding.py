@@ -52,12 +52,12 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        if not torch.is_grad_enabled():
-            return self.settle().forward(x)
-        smooth = functional.linear(x, self.weight.to(x.dtype), self.bias)
         with torch.no_grad():
-            correction = self.settle()(x).to(smooth.dtype) - smooth
-        return smooth + correction
+            result: Tensor = self.settle()(x)
+        if torch.is_grad_enabled():
+            smooth = functional.linear(x, self.weight.to(x.dtype), self.bias)
+            result = smooth + (result.to(smooth.dtype) - smooth).detach()
+        return result
 
 
 @contextmanager

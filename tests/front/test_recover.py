@@ -51,7 +51,7 @@ def dense() -> nn.Module:
         intermediate_size=64,
         max_position_embeddings=TOKENS,
     )
-    model = BertModel(config).eval()
+    model: nn.Module = BertModel(config).eval()
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
@@ -152,11 +152,8 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_random_numbers(
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    loader: Any = torch.utils.data.DataLoader(
-        [{name: value[0] for name, value in item.items()} for item in data],
-        batch_size=4,
-        shuffle=True,
-    )
+    rows: Any = [{name: value[0] for name, value in item.items()} for item in data]
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)
     runs = [graphopt.recover(pruned, dense, loader, steps=6, seed=3) for _ in range(2)]
     assert same(runs[0], state(runs[1]))
     other = graphopt.recover(pruned, dense, loader, steps=6, seed=4)
@@ -257,7 +254,7 @@ def test_quantized_layers_are_trained_and_stay_quantized(
     assert report.after.drift < 0.9 * report.before.drift
     # What was judged is what came: the integers, not the float weights behind them.
     judged = ReadOutputs(recovered, dense, data[0])
-    found = deviation((judged.observed(m, b) for m in (recovered, dense)) for b in data[-4:])
+    found = deviation((judged.observed(recovered, b), judged.observed(dense, b)) for b in data[-4:])
     assert found.drift == report.after.drift
     assert any(not torch.equal(layers[0].codes, before[n]) for n in before if n.endswith("codes"))
 
@@ -319,7 +316,8 @@ class Chain(nn.Module):
 
 
 def test_blocks_alone_read_what_the_teachers_blocks_give() -> None:
-    student, teacher = Chain(), Chain()
+    student: Any = Chain()
+    teacher: Any = Chain()
     with torch.no_grad():
         for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
             mine.copy_(theirs + 0.1 * torch.randn_like(theirs))
