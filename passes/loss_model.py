@@ -7,7 +7,9 @@ program returns a loss, the increase of that loss.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -60,8 +62,8 @@ class LossModel:
         self._context = context
         self._progress = progress
         if store is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="graphopt-losses-")
-            store = Path(self._temporary.name)
+            store = Path(tempfile.mkdtemp(prefix="graphopt-losses-"))
+            weakref.finalize(self, shutil.rmtree, store, ignore_errors=True)
         self._deltas = DeltaStore(store)
         self._probe: Probe | None = None
 
