@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(in_features, bits, group_size, activations)
+        check_scheme(in_features, bits, group_size, activations)
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
@@ -251,7 +251,12 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _check(in_features: int, bits: int, group_size: int, activations: str) -> None:
+def check_scheme(in_features: int, bits: int, group_size: int, activations: str) -> None:
+    """Refuse options of a `QuantizedLinear` that do not fit each other or its inputs.
+
+    Raises:
+        ValueError: with what was expected and what came.
+    """
     if bits not in (4, 8) or activations not in ACTIVATIONS:
         raise ValueError(
             f"expected bits 4 or 8 and activations {', '.join(ACTIVATIONS)}, "

@@ -55,8 +55,8 @@ def pack_integers(integers: Tensor, bits: int) -> Tensor:
         bits: 8 or 4.
     """
     if bits == 8:
-        return integers
-    shifted = (integers + 8).to(torch.uint8)
+        return integers.contiguous()
+    shifted = (integers.contiguous() + 8).to(torch.uint8)
     return shifted[:, ::2] | (shifted[:, 1::2] << 4)
 
 

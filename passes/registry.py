@@ -13,6 +13,7 @@ import yaml
 from .base import Pass
 from .compress.factorize_low_rank import FactorizeLowRank
 from .compress.prune_channels import PruneChannels
+from .compress.quantize_weights import QuantizeWeights
 from .compress.sparsify_blocks import SparsifyBlocks
 from .errors import ConfigError
 from .exact.drop_dead_tokens import DropDeadTokens
@@ -38,6 +39,7 @@ _PASSES: dict[str, type[Pass]] = {
         PackTokens,
         GateTokens,
         GateLayers,
+        QuantizeWeights,
     )
 }
 

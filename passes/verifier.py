@@ -191,16 +191,20 @@ def rounding_bound(program: Program) -> float:
     """Return the relative error that reordered float sums can cause in this program.
 
     Random-walk model: a sum of K terms errs by about eps sqrt(K); contractions in sequence add
-    their variances; `_SLACK` covers the growth through norms and activations.
+    their variances; `_SLACK` covers the growth through norms and activations. A module that rounds
+    its inputs to few bits says so (`unit_roundoff`): values that differ in their last bit may round
+    to neighbouring numbers there.
     """
-    terms, eps = 1, 0.0
+    terms, eps, coarse = 1, 0.0, 0.0
     for node in program.graph.nodes:
+        if node.op == "call_module":
+            coarse += float(getattr(program.module(str(node.target)), "unit_roundoff", 0.0)) ** 2
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             eps = max(eps, torch.finfo(value.dtype).eps)
             if node.op in ("call_module", "call_function") and value.dim():
                 terms += shape_of(node)[-1]
-    return float(_SLACK * eps * terms**0.5)
+    return float(_SLACK * (eps * terms**0.5 + coarse**0.5))
 
 
 @contextmanager

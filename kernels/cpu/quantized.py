@@ -55,7 +55,7 @@ def quantized_linear(
     packed = derived(
         "packed for integer products",
         (codes, scales),
-        lambda: torch.ops.onednn.qlinear_prepack(unpack_integers(codes, bits), None),
+        lambda: torch.ops.onednn.qlinear_prepack(unpack_integers(codes, bits).contiguous(), None),
     )
     if activations == "dynamic":
         largest = rows.abs().amax(1, keepdim=True).clamp_min_(TINIEST)

@@ -210,12 +210,12 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     data = printed_json("passes")
     assert isinstance(data["passes"], list)
     names = {entry["name"] for entry in data["passes"]}
-    compressing = {"factorize-low-rank", "prune-channels", "sparsify-blocks"}
+    compressing = {"factorize-low-rank", "prune-channels", "quantize-weights", "sparsify-blocks"}
     folding = {"fold-batch-norm", "fuse-projections"}
     allocating = {"pack-tokens", "drop-dead-tokens", "hoist-frozen-prefix"}
     assert names == compressing | folding | allocating | {"gate-tokens", "gate-layers"}
     assert isinstance(data["recipes"], dict)
-    assert set(data["recipes"]) == {"deploy", "exact", "train"}
+    assert set(data["recipes"]) == {"deploy", "deploy-int8", "exact", "smallest", "train"}
     assert "round_to = 8" in run("passes").stdout
 
 
@@ -224,7 +224,13 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     [
         (["--budget", "0%"], "budget must be above 0 and at most 1 (100%), got '0%'"),
         (["--budget", "150%"], "budget must be above 0 and at most 1 (100%), got '150%'"),
-        (["--budget", "abc"], "budget must be a share such as 0.6 or '60%', got 'abc'"),
+        (["--budget", "abc"], "a budget is a share or an amount such as '60%', '60% latency'"),
+        (["--budget", "60% speed"], "a budget's share is of flops, latency"),
+        (["--max-drift", "lots"], "max_drift must be a relative error such as 0.1 or '10%'"),
+        (["--min-cosine", "2"], "min_cosine must be a cosine between 0 and 1"),
+        (["--allocation", "greedy"], "allocation must be 'uniform' or 'solver'"),
+        (["--runtime", "tensorrt"], "the runtime must be torch, onnxruntime"),
+        (["--runtime", "onnxruntime", "--recipe", "train"], "training steps run in torch"),
         (["--recipe", "deploi"], "did you mean 'deploy'?"),
         (["--recipe", "prune-chanels,fuse-projections"], "did you mean 'prune-channels'?"),
         (["--keep", "layer.0"], "--keep must be PATTERN=SHARE"),

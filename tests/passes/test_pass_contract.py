@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "prune-channels": ("bert-classifier", "gpt2", "llama", "cnn"),
     "factorize-low-rank": ("bert-classifier",),
     "pack-tokens": ("modernbert", "llama-padded", "transformer-encoder-padded"),
+    "quantize-weights": ("bert-classifier", "gpt2"),
     "sparsify-blocks": ("gpt2", "llama", "modernbert"),
 }
 
