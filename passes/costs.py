@@ -149,7 +149,7 @@ class Costs:
         """
 
         def times() -> list[float]:
-            with self._random_numbers_kept():
+            with _random_numbers_kept(self.device):
                 return self._turns(dense(), candidate())
 
         found = self._measured(f"{key} [compared]", 3, times)
@@ -161,7 +161,7 @@ class Costs:
         """Return the median time of one workload alone; arguments as in `compare`."""
 
         def times() -> list[float]:
-            with self._random_numbers_kept():
+            with _random_numbers_kept(self.device):
                 run = self._prepared(work, training)
                 return [median(interleaved_ms((run,), self.device, self._budget_s)[0])]
 
@@ -184,7 +184,7 @@ class Costs:
 
         def times() -> list[float]:
             device = torch_runner.device
-            with self._random_numbers_kept():
+            with _random_numbers_kept(device):
                 work = product_workload(dtype).on(device, training=False)
             source = torch.zeros(COPIED_BYTES // 4, device=device)
             target = torch.empty_like(source)
@@ -226,9 +226,9 @@ class Costs:
         ratios = [first / second for first, second in zip(*turns, strict=True)]
         return [*map(median, turns), median(ratios)]
 
-    def _random_numbers_kept(self) -> AbstractContextManager[None]:
-        device = self.device
-        if device.type != "cuda":
-            return torch.random.fork_rng([])
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.random.fork_rng([index])
+
+def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
+    if device.type != "cuda":
+        return torch.random.fork_rng([])
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.random.fork_rng([index])

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .runners import TorchRunner
 from .structure import flatten
 from .workload import Workload
 
@@ -63,11 +62,10 @@ def roofline_ms(flops: int, size_bytes: int, rates: Rates, *, training: bool) ->
 def predicted_ms(work: Workload, rates: Rates, *, training: bool) -> float:
     """Return the time of a workload by the roofline model; runs it on shapes only."""
     shapes = work.on(torch.device("meta"), training=training)
-    run = TorchRunner("meta").prepare(shapes, training=training)
-    with FlopCounterMode(display=False) as counter:
-        run()
-    with torch.no_grad():
+    with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
         outputs = flatten(shapes.module(*shapes.inputs))[0]
+        reached = [value for value in outputs if value.requires_grad]
+        torch.autograd.backward(reached, [torch.ones_like(value) for value in reached])
     tensors = (*shapes.module.parameters(), *shapes.module.buffers(), *shapes.inputs, *outputs)
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return roofline_ms(counter.get_total_flops(), size_bytes, rates, training=training)

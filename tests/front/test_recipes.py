@@ -20,7 +20,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_presets_are_the_documented_ones() -> None:
-    assert preset_names() == ("deploy", "exact", "train")
+    assert preset_names() == ("deploy", "deploy-int8", "exact", "smallest", "train")
 
 
 def test_the_exact_preset_only_has_exact_passes_that_training_allows() -> None:
@@ -30,15 +30,33 @@ def test_the_exact_preset_only_has_exact_passes_that_training_allows() -> None:
     assert recipe.budget is None
 
 
-@pytest.mark.parametrize(("name", "training"), [("train", True), ("deploy", False)])
-def test_presets_that_compress_keep_sixty_percent(name: str, training: bool) -> None:
+def test_training_keeps_sixty_percent_everywhere() -> None:
+    recipe = load_recipe("train")
+    assert (recipe.budget, recipe.training, recipe.allocation) == (0.6, True, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("name", "max_drift", "runtime"),
+    [
+        ("deploy", 0.1, "torch"),
+        ("deploy-int8", 0.1, "onnxruntime"),
+        ("smallest", 0.2, "onnxruntime"),
+    ],
+)
+def test_presets_for_inference_have_a_guard_and_the_solver(
+    name: str, max_drift: float, runtime: str
+) -> None:
     recipe = load_recipe(name)
-    assert (recipe.budget, recipe.training) == (0.6, training)
-    assert recipe.allocation == ("uniform" if training else "solver")
+    assert (recipe.max_drift, recipe.runtime) == (max_drift, runtime)
+    assert (recipe.allocation, recipe.training) == ("solver", False)
+    assert not recipe.include
 
 
-def test_deploy_has_a_guard() -> None:
-    assert load_recipe("deploy").max_drift == 0.1
+def test_the_integer_preset_is_deploy_with_one_pass_more() -> None:
+    names = [spec.name for spec in load_recipe("deploy-int8").passes]
+    assert names.index("quantize-weights") < names.index("fuse-projections")
+    names.remove("quantize-weights")
+    assert names == [spec.name for spec in load_recipe("deploy").passes]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -216,7 +234,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_path(
     ("source", "sentence"),
     [
         ("deploi", r"did you mean 'deploy'"),
-        ("nothing-like-it", r"there are deploy, exact, train"),
+        ("nothing-like-it", r"there are deploy, deploy-int8, exact, smallest, train"),
         ("absent.yaml", r"absent.yaml cannot be read"),
         (["prune-channels", 3], r"names or passes, got int"),
         (7, r"got int"),
