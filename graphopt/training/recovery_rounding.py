@@ -36,18 +36,15 @@ class RoundedLinear(nn.Module):
         self.weight = nn.Parameter(quantized.weight.detach().clone())
         self.bias = quantized.bias
         self._first = (quantized.integers.clone(), quantized.scales.clone())
-        self._rounded_version = self.weight._version
 
     def settle(self) -> QuantizedLinear:
         """Give the quantized layer the weight as it is now; return it."""
         (layer,) = self._quantized
-        if self.weight._version != self._rounded_version:
-            # What came may have been rounded better than to the nearest.
-            if torch.equal(self.weight, dequantize(*self._first)):
-                layer.set_integers(*self._first)
-            else:
-                layer.requantize(self.weight.detach())
-            self._rounded_version = self.weight._version
+        # What came may have been rounded better than to the nearest.
+        if torch.equal(self.weight, dequantize(*self._first)):
+            layer.set_integers(*self._first)
+        else:
+            layer.requantize(self.weight.detach())
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
