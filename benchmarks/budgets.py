@@ -95,7 +95,12 @@ def _row(name: str, dense: nn.Module, inputs: Example, text: str, cache: Path | 
     assert budget is not None
     start = time.perf_counter()
     optimized = graphopt.optimize(
-        dense, inputs, recipe=_recipe(), budget=text, cost_cache=cache, measure=True
+        dense,
+        inputs,
+        recipe=_recipe(),
+        budget=text,
+        cost_cache=cache,
+        measure=budget.resource == "latency",
     )
     seconds = time.perf_counter() - start
     installation = installation_of(optimized)

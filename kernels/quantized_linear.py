@@ -198,6 +198,10 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def weight_counts(self) -> dict[str, int]:
+        """Return how many weights each buffer holds; scales hold none."""
+        return {"codes": self.in_features * self.out_features, "scales": 0}
+
     def export_form(self) -> QuantizedLinearForm:
         """Return the layer as operators that runtimes are fast at."""
         return quantized_linear_form(self)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import find_case, without_dropout
 
 from graphopt.capture import capture
+from graphopt.kernels import QuantizedLinear
 from graphopt.passes.facts import facts_of, module_costs, node_cost, total_cost
 from graphopt.passes.structure import flatten
 
@@ -247,3 +248,15 @@ def test_registered_formula_of_a_custom_operator() -> None:
         assert facts_of(program).forward_flops == 2 * 3 * 4 * 5
     finally:
         flop_registry.pop(packet)
+
+
+@pytest.mark.parametrize(("bits", "weight_bytes"), [(8, 64 * 32), (4, 64 * 32 // 2)])
+def test_rounded_weights_count_as_weights_with_the_bytes_they_take(
+    bits: int, weight_bytes: int
+) -> None:
+    layer = QuantizedLinear(32, 64, bits=bits, activations="none")
+    program = capture(nn.Sequential(layer, nn.ReLU()).eval(), torch.zeros(3, 32))
+    cost = total_cost(program)
+    assert cost.parameters == 64 * 32 + 64
+    assert cost.size_bytes == weight_bytes + 64 * 4 + 64 * 4  # codes, scales, bias
+    assert cost.flops == 2 * 3 * 32 * 64
