@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from graphopt.passes.plan import GuardRecord, Totals
+from graphopt.passes.plan import CostRecord, GuardRecord, Totals
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,12 @@ def totals_table(totals: Totals) -> Table:
         ("FLOPs (forward)", before.flops, after.flops, _count),
         ("parameters", before.parameters, after.parameters, _count),
         ("size, bytes", before.size_bytes, after.size_bytes, _count),
-        ("measured, ms", before.latency_ms, after.latency_ms, _milliseconds),
+        (
+            f"{after.latency_source or 'measured'}, ms",
+            before.latency_ms,
+            after.latency_ms,
+            _milliseconds,
+        ),
     ]
     return _table(
         "Whole model",
@@ -73,7 +78,7 @@ def kept_table(rows: list[ReportRow], runtime: str) -> Table:
                 row.reason,
                 f"{_count(row.before.flops)} → {_count(row.after.flops)}",
                 f"{_count(row.before.parameters)} → {_count(row.after.parameters)}",
-                _pair(_milliseconds, row.before.latency_ms, " → ", row.after.latency_ms),
+                _times(row.before, row.after),
                 _pair(_error, row.predicted_error, " / ", row.measured_error),
                 *([_loss(row)] if with_losses else []),
             )
@@ -148,6 +153,13 @@ def _pair(
     text: Callable[[float | None], str], first: float | None, between: str, second: float | None
 ) -> str:
     return "-" if first is None and second is None else f"{text(first)}{between}{text(second)}"
+
+
+def _times(before: CostRecord, after: CostRecord) -> str:
+    """Return both times, and how they were found if not by measuring."""
+    text = _pair(_milliseconds, before.latency_ms, " → ", after.latency_ms)
+    source = after.latency_source
+    return text if source in ("", "measured") else f"{text} ({source})"
 
 
 def _milliseconds(value: float | None) -> str:

@@ -29,6 +29,10 @@ class CostRecord(_Record):
     latency_ms: float | None = None
     latency_source: Literal["", "measured", "interpolated", "predicted"] = ""
 
+    def timed(self, latency_ms: float) -> CostRecord:
+        """Return the cost with a measured time."""
+        return self.model_copy(update={"latency_ms": latency_ms, "latency_source": "measured"})
+
 
 class ChangeRecord(_Record):
     """An accepted change, its costs and its errors; `loss` as in `Candidate`."""

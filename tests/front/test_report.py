@@ -13,8 +13,20 @@ from graphopt.passes.plan import Plan
 from graphopt.report import plan_report, report
 from graphopt.runtime import install
 
-BEFORE = {"flops": 4_000_000, "size_bytes": 8_000_000, "parameters": 2_000_000, "latency_ms": 2.5}
-AFTER = {"flops": 1_000_000, "size_bytes": 2_000_000, "parameters": 500_000, "latency_ms": 1.25}
+BEFORE = {
+    "flops": 4_000_000,
+    "size_bytes": 8_000_000,
+    "parameters": 2_000_000,
+    "latency_ms": 2.5,
+    "latency_source": "measured",
+}
+AFTER = {
+    "flops": 1_000_000,
+    "size_bytes": 2_000_000,
+    "parameters": 500_000,
+    "latency_ms": 1.25,
+    "latency_source": "measured",
+}
 
 
 def plan_of_one_layer() -> Plan:
@@ -81,6 +93,17 @@ def test_json_has_every_decision_with_its_costs() -> None:
     assert {miss["decision"] for miss in data["misses"]} == {"refused"}
     assert data["totals"] == {"before": BEFORE, "after": AFTER}
     assert data["flops_share"] == 0.25
+
+
+@pytest.mark.parametrize("source", ["interpolated", "predicted"])
+def test_text_says_which_times_were_not_measured(source: str) -> None:
+    plan = json.loads(plan_of_one_layer().to_json())
+    for cost in (plan["changes"][0]["after"], plan["totals"]["after"]):
+        cost["latency_source"] = source
+    text = str(plan_report(Plan.model_validate(plan)))
+    assert f"2.5 → 1.25 ({source})" in " ".join(text.split())
+    assert f"{source}, ms" in text
+    assert "measured, ms" not in text
 
 
 def test_text_shows_numbers_reasons_and_notes() -> None:
