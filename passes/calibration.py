@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +19,10 @@ from torch import fx, nn
 
 from .errors import InputError
 from .gram import GramAccumulator
+from .input_statistics import InputPlace, collect_inputs
+from .latest import latest
 from .objective import Objective, objective_of
-from .padding import padding_input, real_tokens
-from .program import Program, compile_values, shape_of
+from .program import Program
 from .row_chunks import first_rows, model_room_bytes, row_chunks, row_count
 from .structure import flatten
 from .unfold import Unfold
@@ -28,17 +31,16 @@ from .weighted_statistics import (
     WeightedStatistics,
     collect_weighted,
     grouped,
-    thinned,
 )
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, batches done and batches in all."""
 
+P = TypeVar("P", LayerPlace, InputPlace)
+
 _PROBE_SAMPLES = 32
 _DIGEST_PART = 2**20
 """Values digested at once: their copies in float64 stay small beside any model."""
-
-T = TypeVar("T")
 
 
 class Calibration:
@@ -67,7 +69,7 @@ class Calibration:
         self._store = store
         self._progress = progress
         self._digest: str | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
 
     def batches(self) -> Iterator[Mapping[str, Any]]:
         """Yield the batches: canonical arguments of the model's forward."""
@@ -89,9 +91,21 @@ class Calibration:
         Raises:
             InputError: if a batch lacks an argument of the captured call or holds no rows.
         """
-        key = "statistics " + " ".join(f"{node.name}/{dim}" for node, dim in nodes)
-        key += f" {unfold.key}" if unfold else ""
-        return self._latest(program, key, lambda: self._collect(program, nodes, unfold, key))
+        place = InputPlace.of(nodes, unfold)
+
+        def collect() -> GramAccumulator:
+            path = self._path(program, place.key, self._store or self._gathered())
+            if path is not None and path.exists():
+                state = load_file(path)
+                stored = GramAccumulator(state["sum_x"].numel(), state["sum_y"].numel())
+                stored.load_state_dict(state)
+                return stored
+            (found,) = self._input_sweep(program, [place])
+            if self._store is not None and path is not None:
+                _save(path, found.state_dict())
+            return found
+
+        return latest(program, f"statistic {id(self)}", place.key, collect)
 
     def weighted_statistics(
         self, program: Program, node: tuple[fx.Node, int], unfold: Unfold | None, place: fx.Node
@@ -118,32 +132,42 @@ class Calibration:
                 _save(path, found.state_dict())
             return found
 
-        return self._latest(program, layer.key, collect)
+        return latest(program, f"statistic {id(self)}", layer.key, collect)
 
     def gather(
-        self, program: Program, layers: Iterable[LayerPlace], progress: Progress | None = None
+        self, program: Program, places: Sequence[LayerPlace], progress: Progress | None = None
     ) -> None:
-        """Collect the weighted statistics of many layers in few sweeps over the data.
+        """Collect both kinds of statistics of many layers in few sweeps over the data.
 
-        As many layers share a sweep as memory allows: their sums and what a pass back keeps take
-        about half of the model's size each, or one layer's sums. Finished ones are on disk, in the
-        store or else in a directory that lives as long as this object.
+        As many layers share a sweep as memory allows: their sums take about half of the model's
+        size beside those of the largest layer. Finished ones are on disk, in the store or else in
+        a directory that lives as long as this object.
 
         Args:
             program: The program as it is now.
-            layers: The places of the layers, in graph order.
+            places: The places of the layers, in graph order.
             progress: Told about every sweep.
         """
+        inputs = dict.fromkeys(InputPlace.of([(p.source, p.dim)], p.unfold) for p in places)
+        self._gather(program, list(inputs), self._input_sweep, progress)
+        self._gather(program, places, self._sweep, progress)
+
+    def _gather(
+        self,
+        program: Program,
+        places: Sequence[P],
+        sweep: Callable[[Program, Sequence[P]], Sequence[GramAccumulator | WeightedStatistics]],
+        progress: Progress | None,
+    ) -> None:
         folder = self._store or self._gathered(create=True)
-        paths = {layer: self._path(program, layer.key, folder) for layer in layers}
-        missing = [layer for layer, path in paths.items() if path and not path.exists()]
+        paths = {place: self._path(program, place.key, folder) for place in places}
+        missing = [place for place, path in paths.items() if path and not path.exists()]
         groups = list(grouped(missing, model_room_bytes(program)))
         for number, group in enumerate(groups):
-            found = self._sweep(program, group)
-            for layer in group:
-                path = paths[layer]
+            for place, found in zip(group, sweep(program, group), strict=True):
+                path = paths[place]
                 assert path is not None
-                _save(path, found.pop(0).state_dict())
+                _save(path, found.state_dict())
             if progress:
                 progress("statistics", number + 1, len(groups))
 
@@ -199,57 +223,27 @@ class Calibration:
             for layer, item in zip(layers, found, strict=True)
         ]
 
-    def _latest(self, program: Program, key: str, collect: Callable[[], T]) -> T:
-        """Return a statistic, kept in memory until another one is asked for."""
-        held: dict[str, Any] = program.fact(f"latest statistic {id(self)}", lambda _: {})
-        if key not in held:
-            held.clear()
-            held[key] = collect()
-        result: T = held[key]
-        return result
-
     def _gathered(self, *, create: bool = False) -> Path | None:
         """Return the directory of what was gathered without a store."""
         if create and self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="graphopt-statistics-")
-        return None if self._temporary is None else Path(self._temporary.name)
+            self._temporary = Path(tempfile.mkdtemp(prefix="graphopt-statistics-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
 
-    def _collect(
-        self,
-        program: Program,
-        nodes: Sequence[tuple[fx.Node, int]],
-        unfold: Unfold | None,
-        key: str,
-    ) -> GramAccumulator:
-        path = self._path(program, key, self._store)
-        if path is not None and path.exists():
-            state = load_file(path)
-            stored = GramAccumulator(state["sum_x"].numel(), state["sum_y"].numel())
-            stored.load_state_dict(state)
-            return stored
-        run = compile_values(program, [node for node, _ in nodes])
-        mask_name = padding_input(program)
-        result: GramAccumulator | None = None
-        with evaluation_mode(program.model), torch.no_grad():
+    def _input_sweep(self, program: Program, places: Sequence[InputPlace]) -> list[GramAccumulator]:
+        label = places[-1].nodes[-1][0].name
+
+        def calls() -> Iterator[tuple[Mapping[str, Any], list[torch.Tensor]]]:
             for number, batch in enumerate(self._batches):
-                tensors = bind(program, batch)
-                values = run(program.model, *tensors)
-                mask = real_tokens(program, batch)
-                for value, (node, dim) in zip(values, nodes, strict=True):
-                    rows = unfold(value) if unfold else value.movedim(dim, -1)
-                    if result is None:
-                        result = GramAccumulator(rows.shape[-1], device=rows.device)
-                    masked = mask_name is not None and _has_tokens_of(program, mask_name, node)
-                    if masked and mask is not None and mask.shape == rows.shape[:-1]:
-                        rows = rows[mask.to(rows.device)]
-                    result.update(thinned(rows.reshape(-1, rows.shape[-1])))
+                yield batch, bind(program, batch)
                 if self._progress:
-                    self._progress(nodes[-1][0].name, number + 1, self._count())
-        if result is None or result.count == 0:
+                    self._progress(label, number + 1, self._count())
+
+        with evaluation_mode(program.model):
+            found = collect_inputs(program, calls(), places)
+        if not found or not found[0].count:
             raise InputError("the calibration data holds no batch; pass at least one")
-        if path is not None:
-            _save(path, result.state_dict())
-        return result
+        return found
 
     def _count(self) -> int:
         return operator.length_hint(self._batches)
@@ -322,15 +316,6 @@ def _parameter_digest(program: Program) -> str:
             summary += torch.stack([values.sum(), values.square().sum()]).cpu()
         digest.update(f"{name}{summary.tolist()}".encode())
     return digest.hexdigest()
-
-
-def _has_tokens_of(program: Program, mask_name: str, node: fx.Node) -> bool:
-    """Say whether a value has the mask's tokens, not others that are as many in this batch.
-
-    Decided by the sizes of the captured example: symbols of one axis may differ by broadcasting.
-    """
-    mask = next(item for item in program.placeholders if item.name == mask_name)
-    return shape_of(node)[:2] == shape_of(mask)
 
 
 def _save(path: Path, state: dict[str, torch.Tensor]) -> None:

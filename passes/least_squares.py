@@ -18,16 +18,16 @@ from torch import Tensor
 from .gram import GramAccumulator
 
 __all__ = [
-    "Factors",
     "LinearFit",
     "channels_of_groups",
+    "damped",
     "eliminate_groups",
     "elimination_order",
-    "factorize_whitened",
     "fit_linear",
     "kept_group_count",
     "magnitude_scores",
     "obs_scores",
+    "relative",
     "select_groups",
     "weigh_outputs",
 ]
@@ -44,23 +44,6 @@ class LinearFit:
     """
 
     weight: Tensor
-    bias: Tensor
-    relative_error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """`W x + b ~ up (down x) + bias`.
-
-    Attributes:
-        down: [rank, channels], float64.
-        up: [outputs, rank], float64.
-        bias: [outputs], float64.
-        relative_error: Predicted mean squared output error over the variance of the outputs.
-    """
-
-    down: Tensor
-    up: Tensor
     bias: Tensor
     relative_error: float
 
@@ -144,7 +127,7 @@ def obs_scores(
     Returns:
         Scores [groups], float64, in units of the squared output; the lowest matter least.
     """
-    inverse = _inverse(_damped(covariance.double(), damping))
+    inverse = _inverse(damped(covariance.double(), damping))
     return _removal_errors(inverse, weight.detach().double().T, group_size)
 
 
@@ -235,7 +218,7 @@ def _eliminations(
     step: Callable[[int], int],
 ) -> Iterator[Tensor]:
     """Yield the groups that go together, those that matter least first."""
-    inverse = _inverse(_damped(covariance.double(), damping))
+    inverse = _inverse(damped(covariance.double(), damping))
     fitted = weight.detach().double().T.clone()
     alive = torch.arange(inverse.shape[0] // group_size, device=covariance.device)
     while alive.numel() > keep:
@@ -298,67 +281,17 @@ def fit_linear(
     if kept is None:
         kept = torch.arange(channels, device=covariance.device)
     gram, cross, prior = covariance[kept][:, kept], cross[kept], dense[:, kept]
-    update = torch.linalg.solve(_damped(gram, damping), cross - gram @ prior.T)
+    update = torch.linalg.solve(damped(gram, damping), cross - gram @ prior.T)
     fitted = prior + update.T
     error = variance - 2 * (fitted.T * cross).sum() + (fitted @ gram * fitted).sum()
     return LinearFit(
         weight=fitted,
         bias=mean_y - fitted @ mean_x[kept],
-        relative_error=_relative(error, variance),
+        relative_error=relative(error, variance),
     )
 
 
-def factorize_whitened(
-    statistics: GramAccumulator,
-    weight: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    *,
-    damping: float = 1e-6,
-) -> Factors:
-    """Factorize a layer so that its outputs, not its weights, are approximated best.
-
-    SVD-LLM (arXiv 2403.07378): G = S S^T (Cholesky), svd(W S) = U diag(s) V^T, up = U_r,
-    down = diag(s_r) V_r^T S^-1. The squared error per row is `sum of s_i^2 beyond the rank`,
-    exactly (up to the damping). Inputs are centered, the bias absorbs the rest.
-
-    Args:
-        statistics: Of the layer's inputs; targets are not used.
-        weight: [outputs, channels].
-        bias: [outputs] or none.
-        rank: Between 1 and min(outputs, channels).
-        damping: Ridge that keeps the Cholesky factor defined, as a share of the mean variance.
-
-    Returns:
-        The factors and their predicted error.
-
-    Raises:
-        ValueError: The rank or the weight does not fit.
-    """
-    outputs, channels = weight.shape
-    if channels != statistics.channels or not 1 <= rank <= min(outputs, channels):
-        raise ValueError(
-            f"expected {statistics.channels} channels and 1 <= rank <= {min(outputs, channels)}, "
-            f"got a weight {list(weight.shape)} and rank {rank}"
-        )
-    covariance, mean_x = statistics.covariance, statistics.mean_x
-    dense = weight.detach().to(covariance)
-    root = torch.linalg.cholesky(_damped(covariance, damping))
-    left, values, right = torch.linalg.svd(dense @ root, full_matrices=False)
-    up = left[:, :rank]
-    whitened = values[:rank, None] * right[:rank]
-    down = torch.linalg.solve_triangular(root, whitened, upper=False, left=False)
-    lost = (dense - up @ down) @ mean_x
-    energy = values.square()
-    return Factors(
-        down=down,
-        up=up,
-        bias=lost if bias is None else lost + bias.detach().to(lost),
-        relative_error=_relative(energy[rank:].sum(), energy.sum()),
-    )
-
-
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     """Add the ridge. A layer whose inputs never vary gets a unit ridge: any scale serves."""
     scale = gram.diagonal().mean()
     ridge = damping * torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -389,6 +322,6 @@ def _group_count(channels: int, group_size: int) -> int:
     return channels // group_size
 
 
-def _relative(error: Tensor, variance: Tensor) -> float:
+def relative(error: Tensor, variance: Tensor) -> float:
     """Return error / variance; constant targets that are met have no error."""
     return max(0.0, (error / variance).item()) if variance > 0 else 0.0

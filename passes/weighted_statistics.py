@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, fx
 
 from .gram import GramAccumulator
@@ -39,10 +41,10 @@ class LayerPlace:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its statistics."""
+        """Bytes of its statistics, about."""
         window = 1 if self.unfold is None else self.unfold.window
         channels = shape_of(self.source)[self.dim] * window
-        return 8 * (channels**2 + self.outputs**2 + self.outputs * (channels + 1))
+        return 8 * channels**2 + 4 * self.outputs**2
 
     @property
     def outputs(self) -> int:
@@ -55,7 +57,8 @@ class LayerPlace:
         slopes = gradient.flatten(2).transpose(1, 2) if self.unfold else gradient
         rows, slopes = rows.reshape(-1, rows.shape[-1]), slopes.reshape(-1, slopes.shape[-1])
         kept = thinned(rows)
-        return kept, thinned(slopes).double(), len(rows) / max(len(kept), 1)
+        slopes = thinned(slopes).to(torch.promote_types(slopes.dtype, torch.float32))
+        return kept, slopes, len(rows) / max(len(kept), 1)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ class WeightedStatistics:
 
     Attributes:
         gram: Of the layer's inputs.
-        metric: What output errors cost [outputs, outputs]: for an error e of the layer's output,
-            the objective (see `objective`) loses trace(metric E[e e^T]) to second order.
+        metric: What output errors cost [outputs, outputs], of the gradients' type: for an error e
+            of the layer's output, the objective (see `objective`) loses trace(metric E[e e^T]) to
+            second order.
         slope: What the objective loses to first order per weight [outputs, channels] and bias
             [outputs], in the last column; None for outputs, which start from no error.
     """
@@ -84,12 +88,13 @@ class WeightedStatistics:
             weight: Change of the weight [outputs, channels].
             bias: Change of the bias [outputs] or none.
         """
-        change = weight.to(self.metric)
+        change = weight.to(self.gram.mean_x)
+        metric = self.metric.to(change)
         moved = change @ self.gram.mean_x
         if bias is not None:
             moved = moved + bias.to(moved)
-        spread = self.metric @ (change @ self.gram.covariance)
-        loss = (spread * change).sum() + moved @ self.metric @ moved
+        spread = metric @ (change @ self.gram.covariance)
+        loss = (spread * change).sum() + moved @ metric @ moved
         if self.slope is not None:
             loss = loss + (self.slope[:, :-1] * change).sum()
             if bias is not None:
@@ -109,9 +114,21 @@ class WeightedStatistics:
         return cls(gram, state["metric"], state.get("slope"))
 
 
-def grouped(places: Iterable[LayerPlace], room_bytes: int) -> Iterator[list[LayerPlace]]:
-    """Yield places whose statistics together fit some room, at least one at a time."""
-    group: list[LayerPlace] = []
+class Sized(Protocol):
+    """Something whose statistics take memory."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its statistics, about."""
+
+
+S = TypeVar("S", bound=Sized)
+
+
+def grouped(places: Sequence[S], room_bytes: int) -> Iterator[list[S]]:
+    """Yield places whose statistics together take a given room beside those of the largest."""
+    group: list[S] = []
+    room_bytes += max((place.size_bytes for place in places), default=0)
     for place in places:
         if group and sum(item.size_bytes for item in group) + place.size_bytes > room_bytes:
             yield group
@@ -138,7 +155,7 @@ def collect_weighted(
     run = sensitivity_function(
         program, [place.source for place in places], [place.output for place in places], objective
     )
-    sums: list[tuple[GramAccumulator, Tensor, Tensor]] = []
+    sums: list[tuple[GramAccumulator, Tensor, Tensor | None]] = []
     total = 0.0
     for number, tensors in enumerate(calls):
         values, gradients = run(tensors, number)
@@ -147,10 +164,10 @@ def collect_weighted(
         for index, (place, value) in enumerate(zip(places, values, strict=True)):
             rows, slopes, share = place.rows(value, gradients[index])
             if index == len(sums):
-                sums.append(_empty(rows.shape[-1], slopes))
+                sums.append(_empty(rows.shape[-1], slopes, first_order=objective.loss))
             gram, metric, slope = sums[index]
-            if objective.loss:
-                slope[:, :-1] += weight * share * (slopes.T @ rows.double())
+            if slope is not None:
+                slope[:, :-1] += weight * share * (slopes.T @ rows.to(slopes))
                 slope[:, -1] += weight * share * slopes.sum(0)
                 # The mean loss has the gradients of its terms divided by their number; half of
                 # their mean outer product is the curvature.
@@ -161,7 +178,7 @@ def collect_weighted(
             metric.addmm_(slopes.T, slopes)
     total = max(total, 1.0)
     return [
-        WeightedStatistics(gram, metric / total, slope / total if objective.loss else None)
+        WeightedStatistics(gram, metric / total, None if slope is None else slope / total)
         for gram, metric, slope in sums
     ]
 
@@ -172,11 +189,12 @@ def thinned(rows: Tensor) -> Tensor:
     return rows[::step]
 
 
-def _empty(channels: int, slopes: Tensor) -> tuple[GramAccumulator, Tensor, Tensor]:
+def _empty(
+    channels: int, slopes: Tensor, *, first_order: bool
+) -> tuple[GramAccumulator, Tensor, Tensor | None]:
     outputs = slopes.shape[-1]
-    gram = GramAccumulator(channels, device=slopes.device)
     return (
-        gram,
+        GramAccumulator(channels, device=slopes.device),
         slopes.new_zeros(outputs, outputs),
-        slopes.new_zeros(outputs, channels + 1),
+        slopes.new_zeros(outputs, channels + 1) if first_order else None,
     )

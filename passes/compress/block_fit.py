@@ -60,8 +60,10 @@ def choose_blocks(
     for units in details.units:
         sizes.update(units.layers)
         layers.update({name: present_layer(program, name) for name in units.layers})
+    # How much inputs vary matters to the order of units only.
+    ordered_by = calibration if details.units else None
     matrices = {
-        name: SparseMatrix.of(item.matrix, _power(program, name, item, calibration), sizes[name])
+        name: SparseMatrix.of(item.matrix, _power(program, name, item, ordered_by), sizes[name])
         for name, item in layers.items()
     }
     orders = [reorder(program, units, layers, matrices) for units in details.units]

@@ -12,6 +12,7 @@ from graphopt.passes.axes import ChannelGroup, Member
 from graphopt.passes.calibration import Calibration
 from graphopt.passes.contractions import Contraction, contraction_of
 from graphopt.passes.facts import attribute_of
+from graphopt.passes.latest import latest
 from graphopt.passes.least_squares import (
     LinearFit,
     elimination_order,
@@ -48,7 +49,13 @@ class ChannelFit:
 
     def fits(self, group: ChannelGroup, kept: list[int]) -> list[tuple[Contraction, LinearFit]]:
         """Return every consumer that can be fitted, refitted on its kept inputs."""
-        return [(item, self._fitted(group, item, kept)) for item in consumers(self.program, group)]
+
+        def compute() -> list[tuple[Contraction, LinearFit]]:
+            found = consumers(self.program, group)
+            return [(item, self._fitted(group, item, kept)) for item in found]
+
+        key = f"{group.key} {kept} {self.damping} {id(self.calibration)}"
+        return latest(self.program, "channel fits", key, compute)
 
     def _order(self, group: ChannelGroup) -> list[int]:
         """Return the units in the order in which they go, the last to go last."""

@@ -31,11 +31,12 @@ from graphopt.passes.compress.levels import slower
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import PlanError, PreconditionError
 from graphopt.passes.facts import facts_of, total_cost
-from graphopt.passes.least_squares import Factors, factorize_whitened
+from graphopt.passes.latest import latest
 from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.replaceability import left_dense
 from graphopt.passes.uniform_share import largest_share
+from graphopt.passes.whitening import Factors, Whitened, whiten
 
 _MOST_LEVELS = 8
 
@@ -303,21 +304,34 @@ def _measured(program: Program, candidate: Candidate, context: Context) -> tuple
 def _factors(program: Program, change: Change, context: Context) -> Factors:
     """Return the best factors of a layer for its inputs, or for its weight without data."""
     details, layer = _checked(program, change)
-    weight, bias = layer.weight.detach(), layer.bias
-    if context.calibration is not None:
+    calibration = context.calibration
+    key = f"{change.target} {id(calibration)}"
+    if calibration is None:
+        bare = latest(program, "decomposition", key, lambda: _decomposed(layer))
+        return bare.factors(details.rank)
+
+    def decompose() -> Whitened:
         nodes = [(node.all_input_nodes[0], -1) for node in program.calls(change.target)]
-        statistics = context.calibration.statistics(program, list(dict.fromkeys(nodes)))
-        if bias is None:
+        statistics = calibration.statistics(program, list(dict.fromkeys(nodes)))
+        if layer.bias is None:
             statistics = statistics.uncentered()
-        return factorize_whitened(statistics, weight, bias, details.rank)
-    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    energy = values.square()
-    root = values[: details.rank].sqrt()
-    return Factors(
-        down=root[:, None] * right[: details.rank],
-        up=left[:, : details.rank] * root,
-        bias=weight.new_zeros(details.out_features).double() if bias is None else bias.detach(),
-        relative_error=(energy[details.rank :].sum() / energy.sum()).item(),
+        return whiten(statistics, layer.weight.detach(), layer.bias)
+
+    return latest(program, "decomposition", key, decompose).factors(details.rank)
+
+
+def _decomposed(layer: nn.Linear) -> Whitened:
+    """Return a layer decomposed as if its inputs were white, around zero."""
+    weight = layer.weight.detach().double()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    return Whitened(
+        weight=weight,
+        bias=None if layer.bias is None else layer.bias.detach().double(),
+        mean_x=weight.new_zeros(layer.in_features),
+        root=torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device),
+        left=left,
+        values=values,
+        right=right,
     )
 
 

@@ -11,7 +11,6 @@ from graphopt.passes.gram import GramAccumulator
 from graphopt.passes.least_squares import (
     channels_of_groups,
     eliminate_groups,
-    factorize_whitened,
     fit_linear,
     kept_group_count,
     magnitude_scores,
@@ -19,6 +18,7 @@ from graphopt.passes.least_squares import (
     select_groups,
     weigh_outputs,
 )
+from graphopt.passes.whitening import whiten
 
 ROWS, CHANNELS, OUTPUTS = 200, 8, 5
 
@@ -173,7 +173,7 @@ def test_factors_reach_the_best_rank_r_error_and_predict_it() -> None:
     x, weight, bias = problem(5)
     y = x @ weight.T + bias
     for rank in range(1, OUTPUTS + 1):
-        factors = factorize_whitened(gram_of(x), weight, bias, rank, damping=1e-13)
+        factors = whiten(gram_of(x), weight, bias, damping=1e-13).factors(rank)
         found = (x @ factors.down.T) @ factors.up.T + factors.bias
         error = ((found - y).square().sum() / (y - y.mean(0)).square().sum()).item()
         energy = torch.linalg.svdvals(y - y.mean(0)).square()  # Eckart-Young on the outputs
@@ -223,7 +223,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"groups that divide 8 channels, got 3"):
         obs_scores(gram.covariance, weight, group_size=3)
     with pytest.raises(ValueError, match=r"1 <= rank <= 5"):
-        factorize_whitened(gram, weight, bias, 6)
+        whiten(gram, weight, bias).factors(6)
     with pytest.raises(ValueError, match=r"8 channels"):
         fit_linear(gram, weight[:, :4], bias)
     with pytest.raises(ValueError, match="share"):
