@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .base import Context, Cost, Miss, Pass
+from .allocation.sources import SolvedSource, Source, UniformSource
+from .base import Candidate, Context, Cost, Miss, Pass, Proposal
 from .budget import Budget
 from .errors import ConfigError, VerificationError
 from .facts import total_cost
 from .guard import GIVEN_UP, Guard, GuardCheck
 from .plan import (
     ChangeRecord,
+    GuardRecord,
     InputRecord,
     MissRecord,
     Plan,
@@ -28,8 +30,8 @@ from .program import Program, shape_of
 from .propagation import refresh
 from .registry import format_pipeline
 from .replay import apply_plan, bisect, load_state
-from .rewriting import Rewriting
-from .snapshot import Snapshot
+from .rewriting import Rewriting, make_change
+from .snapshot import Snapshot, twin_of
 from .structure import flatten
 from .verifier import Verifier
 
@@ -74,41 +76,40 @@ class PassManager:
     _changes: list[ChangeRecord] = field(default_factory=list)
     _misses: list[MissRecord] = field(default_factory=list)
     _notes: list[str] = field(default_factory=list)
+    _verdict: GuardRecord | None = None
 
     def propose(self, program: Program) -> Plan:
-        """Return what would change, changing nothing: the first pass's candidates stand.
+        """Return what would change, changing nothing.
 
-        Passes propose for the program as it is; candidates of later passes for a module that an
-        earlier one already claims are left out. Details that need data are not decided.
+        With "uniform", passes propose for the program as it is; candidates of later passes for a
+        module that an earlier one already claims are left out. With "solver", they are what a run
+        would choose. Details that need data are not decided, and no guard is checked.
         """
-        before = total_cost(program)
-        self._share_budget(before)
-        after_flops, after_bytes, after_parameters = (
-            before.flops,
-            before.size_bytes,
-            before.parameters,
-        )
+        before = after = total_cost(program)
+        current = twin_of(program) if self.allocation == "solver" else program
+        if current is not program:
+            for step in self.passes:
+                step.note_unread(current)
+        source = self._source(program, before)
         claimed: dict[str, str] = {}
-        for step in self._runnable(program):
-            share = after_flops / max(before.flops, 1)
-            context = self._remaining(share)
-            if not step.exact and context is None:
-                self._misses.append(_budget_met(step))
-                continue
-            proposal = step.propose(program, context or self.context)
+        steps = self._runnable(program)
+        for place, step in enumerate(steps):
+            proposal, context = source.proposal(place, current, after.flops)
             self._misses.extend(miss_record(miss) for miss in proposal.misses)
             for candidate in proposal.candidates:
                 owner = candidate.change.target
-                if claimed.setdefault(owner, step.name) != step.name or self._is_full():
+                if self._is_full() or (
+                    not source.optional and claimed.setdefault(owner, step.name) != step.name
+                ):
                     continue
                 self._changes.append(change_record(candidate, candidate.change, None))
-                after_flops -= candidate.before.flops - candidate.after.flops
-                after_bytes -= candidate.before.size_bytes - candidate.after.size_bytes
-                after_parameters -= candidate.before.parameters - candidate.after.parameters
-        after = replace(
-            before, flops=after_flops, size_bytes=after_bytes, parameters=after_parameters
-        )
-        return self._plan(program, Totals(before=cost_record(before), after=cost_record(after)))
+                after = _without(after, candidate)
+                if current is not program and step.exact:
+                    make_change(step, current, candidate, context)
+            if current is not program:
+                refresh(current)
+        before, after = source.totals(before, after, None)
+        return self._plan(program, before, after, source.notes(before, after))
 
     def run(self, program: Program) -> Plan:
         """Change the program; return the plan of what was accepted.
@@ -120,27 +121,25 @@ class PassManager:
                 error names a directory with the plan to reproduce it.
         """
         before = total_cost(program)
-        self._share_budget(before)
         for step in self.passes:
             step.note_unread(program)
+        source = self._source(program, before)
         verifier = Verifier(program, training=self.context.training) if self.verify else None
         check = self._guard_check(program)
         rewriting = Rewriting(program, check)
         undo: list[tuple[int, Snapshot]] = []
-        for step in self._runnable(program):
-            context = self._remaining(total_cost(program).flops / max(before.flops, 1))
-            if not step.exact and context is None:
-                self._misses.append(_budget_met(step))
-                continue
+        for place, step in enumerate(self._runnable(program)):
             if step.exact and check is not None and check.exact_refusal is not None:
                 reason = GIVEN_UP + check.exact_refusal
                 miss = Miss(pass_name=step.name, target="(model)", reason=reason)
                 self._misses.append(miss_record(miss))
                 continue
+            proposal, context = source.proposal(place, program, total_cost(program).flops)
+            self._misses.extend(miss_record(miss) for miss in proposal.misses)
             snapshot = Snapshot(program)
             accepted = len(self._changes)
             try:
-                self._run_pass(step, program, context or self.context, rewriting)
+                self._make(step, proposal, context, rewriting, optional=source.optional)
                 if len(self._changes) == accepted:
                     continue
                 if verifier is None:
@@ -161,24 +160,31 @@ class PassManager:
                 self._undo_violations(program, check, last, rewriting)
             undo.extend(last)
         self._undo_violations(program, check, undo, rewriting)
-        after = total_cost(program)
-        return self._plan(program, Totals(before=cost_record(before), after=cost_record(after)))
+        if check is not None:
+            self._verdict = check.record(check.check(program))
+        before, after = source.totals(before, total_cost(program), program)
+        return self._plan(program, before, after, source.notes(before, after))
 
-    def _share_budget(self, dense: Cost) -> None:
-        """Turn the budget into the share of the FLOPs that uniform allocation spends.
+    def _source(self, program: Program, dense: Cost) -> Source:
+        """Return where the changes come from.
 
         Raises:
-            ConfigError: if it is of another resource.
+            ConfigError: if there is no such allocation, or the budget does not go with it.
         """
-        if self.budget is None or self.allocation == "solver":
-            return
-        if self.budget.resource != "flops":
-            raise ConfigError(
-                f"a budget of {self.budget} needs allocation='solver'; uniform allocation spends a "
-                "share of the FLOPs, such as '60%'"
-            )
-        share = self.budget.allowed(dense) / max(dense.flops, 1)
-        self.context = replace(self.context, budget=min(share, 1.0))
+        if self.allocation == "uniform":
+            return UniformSource(self._runnable_passes(), self.context, self.budget, dense)
+        if self.allocation != "solver":
+            raise ConfigError(f"allocation must be 'uniform' or 'solver', got {self.allocation!r}")
+        return SolvedSource(
+            passes=self._runnable_passes(),
+            context=self.context,
+            budget=self.budget,
+            guard=self.guard,
+            dense=twin_of(program),
+            seed=self.seed,
+            store=self.store,
+            progress=self.progress,
+        )
 
     def _guard_check(self, program: Program) -> GuardCheck | None:
         """Return what must hold, None where there is no guard or no numbers to check."""
@@ -212,43 +218,40 @@ class PassManager:
             del self._changes[accepted:]
 
     def _runnable(self, program: Program) -> list[Pass]:
-        steps = []
+        """Return the passes that can run; note the others.
+
+        Raises:
+            PreconditionError: if one cannot run on this program.
+        """
+        reason = "its result must not be trained, and the recipe trains"
+        steps = self._runnable_passes()
         for step in self.passes:
-            if step.inference_only and self.context.training:
-                self._misses.append(
-                    miss_record(
-                        Miss(
-                            pass_name=step.name,
-                            target="(model)",
-                            reason="its result must not be trained, and the recipe trains",
-                        )
-                    )
-                )
-                continue
+            if step not in steps:
+                miss = Miss(pass_name=step.name, target="(model)", reason=reason)
+                self._misses.append(miss_record(miss))
+        for step in steps:
             step.requires(program, self.context)
-            steps.append(step)
         return steps
 
-    def _remaining(self, share: float) -> Context | None:
-        """Return the context with the budget relative to what is left, None if it is met."""
-        if self.context.budget is None:
-            return self.context
-        if share <= self.context.budget * (1 + 1e-9):
-            return None
-        return replace(self.context, budget=self.context.budget / share)
+    def _runnable_passes(self) -> list[Pass]:
+        return [s for s in self.passes if not (s.inference_only and self.context.training)]
 
     def _is_full(self) -> bool:
         return self.limit is not None and len(self._changes) >= self.limit
 
-    def _run_pass(
-        self, step: Pass, program: Program, context: Context, rewriting: Rewriting
+    def _make(
+        self,
+        step: Pass,
+        proposal: Proposal,
+        context: Context,
+        rewriting: Rewriting,
+        *,
+        optional: bool,
     ) -> None:
-        proposal = step.propose(program, context)
-        self._misses.extend(miss_record(miss) for miss in proposal.misses)
         for number, candidate in enumerate(proposal.candidates):
             if self._is_full():
                 break
-            made = rewriting.make(step, candidate, context, optional=False)
+            made = rewriting.make(step, candidate, context, optional=optional and not step.exact)
             if isinstance(made, Miss):
                 self._misses.append(miss_record(made))
             else:
@@ -257,7 +260,9 @@ class PassManager:
             if self.progress:
                 self.progress(step.name, number + 1, len(proposal.candidates))
 
-    def _plan(self, program: Program, totals: Totals | None) -> Plan:
+    def _plan(
+        self, program: Program, before: Cost, after: Cost | None, notes: Sequence[str] = ()
+    ) -> Plan:
         tensors, _ = flatten(program.example)
         return Plan(
             model_class=type(program.model).__name__,
@@ -274,21 +279,14 @@ class PassManager:
             modes=tuple(sorted(program.modes)),
             changes=tuple(self._changes),
             misses=tuple(self._misses),
-            totals=totals,
-            notes=(*program.notes, *self._notes, *self._budget_note(totals), *self._guard_note()),
+            totals=(
+                None
+                if after is None
+                else Totals(before=cost_record(before), after=cost_record(after))
+            ),
+            guard=self._verdict,
+            notes=(*program.notes, *self._notes, *notes, *self._guard_note()),
         )
-
-    def _budget_note(self, totals: Totals | None) -> list[str]:
-        """Say where the budget is not met, with what was reached."""
-        if totals is None:
-            return []
-        share = totals.after.flops / max(totals.before.flops, 1)
-        if self.context.budget is None or share <= self.context.budget * (1 + 1e-9):
-            return []
-        return [
-            f"the budget of {self.context.budget:.1%} of the forward FLOPs is not met: "
-            f"{share:.1%} are left; see the misses for what could not change"
-        ]
 
     def _guard_note(self) -> list[str]:
         """Say that the guard left nothing, or nothing but exact changes, if so."""
@@ -317,13 +315,18 @@ class PassManager:
 
     def _write_reproducer(self, program: Program) -> Path:
         directory = Path(tempfile.mkdtemp(prefix="graphopt-failure-"))
-        plan = self._plan(program, None)
+        plan = self._plan(program, total_cost(program), None)
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (directory / "seed.txt").write_text("0\n", encoding="utf-8")
         return directory
 
 
-def _budget_met(step: Pass) -> MissRecord:
-    return miss_record(
-        Miss(pass_name=step.name, target="(model)", reason="earlier passes already met the budget")
+def _without(cost: Cost, candidate: Candidate) -> Cost:
+    """Return what is left of a cost if a candidate saves what it says."""
+    before, after = candidate.before, candidate.after
+    return replace(
+        cost,
+        flops=cost.flops - (before.flops - after.flops),
+        size_bytes=cost.size_bytes - (before.size_bytes - after.size_bytes),
+        parameters=cost.parameters - (before.parameters - after.parameters),
     )

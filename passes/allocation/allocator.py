@@ -174,15 +174,18 @@ class Allocator:
         if self._losses is None or not choice.chosen:
             return choice, []
         notes: list[str] = []
-        swaps = Swaps(self._solver, choice, budget, self._measured, self._seed)
+        best, tried = choice, 0
         try:
+            best = replace(choice, loss=self._measured(choice.chosen))
+            swaps = Swaps(self._solver, best, budget, self._measured, self._seed)
             if choice.met and not self._notes:
-                swaps.run(lambda done: self._tell("solve", done, MOST_SWAPS))
+                for found in swaps.run():
+                    best, tried = found, tried + 1
+                    self._tell("solve", tried, MOST_SWAPS)
         except KeyboardInterrupt:
-            notes.append(f"interrupted: best of {swaps.tried} swaps")
+            notes.append(f"interrupted: best of {tried} swaps")
         finally:
             self._journal.write()
-        best = swaps.best
         if best.chosen != choice.chosen and budget.resource == "latency":
             timed = self._solver.realized(choice, best.chosen, budget)
             if not timed.met:
@@ -213,8 +216,9 @@ class Allocator:
         low, high = spent(choice.cost, resource), spent(self.dense, resource)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            loss = self._measured(self._solver.select(resource, middle, 0.98 * middle))
-            low, high = (low, middle) if loss <= limit else (middle, high)
+            chosen = self._solver.select(resource, middle, 0.98 * middle)
+            fits = chosen is not None and self._measured(chosen) <= limit
+            low, high = (low, middle) if fits else (middle, high)
         return Budget(resource=resource, amount=high, relative=False)
 
     def _misses(self, choice: Choice, budget: Budget) -> list[Miss]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from graphopt.passes.base import Context, Cost, Pass
+from graphopt.passes.budget import Resource, spent
 from graphopt.passes.errors import PlanError
 from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.program import Program
@@ -37,6 +38,8 @@ class Realized:
 
 class DryRun:
     """Makes choices on twins of a program; remembers what each one cost.
+
+    Without numbers (on the meta device) their savings are added up instead.
 
     A twin shares all tensors that a change does not replace. The exact passes of the pipeline run
     where they stand, as they will when the changes are made.
@@ -91,7 +94,14 @@ class DryRun:
             found[key] = self._made(key, timed)
         return found[key]
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether changes can be made: their details may depend on values."""
+        return not any(parameter.is_meta for parameter in self._program.model.parameters())
+
     def _made(self, chosen: tuple[int, ...], timed: bool) -> Realized:
+        if not self.has_numbers:
+            return self._predicted(chosen, timed)
         program = twin_of(self._program)
         costs: list[Cost] = []
         unfit: dict[int, str] = {}
@@ -112,6 +122,29 @@ class DryRun:
             _fill(program, self._dense)
             cost = replace(cost, latency_ms=self.time_ms(program))
         return Realized(cost, tuple(costs), unfit)
+
+    def _predicted(self, chosen: tuple[int, ...], timed: bool) -> Realized:
+        """Return what a choice costs if savings add up."""
+        cost = self.start
+        if timed:
+            cost = replace(cost, latency_ms=self.time_ms(self._program))
+        dense = self.dense
+        resources: tuple[Resource, ...] = ("flops", "bytes", "parameters", "latency")
+        steps = []
+        for place in range(len(self._steps)):
+            for offer in (self._offers[i] for i in chosen if self._offers[i].place == place):
+                saved = {
+                    resource: offer.saved(resource, spent(dense, resource), dense.flops)
+                    for resource in (resources if timed else resources[:3])
+                }
+                cost = Cost(
+                    flops=max(cost.flops - round(saved["flops"]), 0),
+                    size_bytes=max(cost.size_bytes - round(saved["bytes"]), 0),
+                    parameters=max(cost.parameters - round(saved["parameters"]), 0),
+                    latency_ms=(cost.latency_ms or 0.0) - saved["latency"] if timed else None,
+                )
+            steps.append(cost)
+        return Realized(steps[-1], tuple(steps), {})
 
     def _place(self, program: Program, offer: Offer) -> str | None:
         """Make the structure of a change; return why it does not fit, None if it does."""

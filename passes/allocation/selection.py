@@ -76,8 +76,10 @@ def _solve(
     highest: float,
     near: tuple[Sequence[int], int] | None = None,
 ) -> list[int] | None:
+    if lowest > np.maximum(saved, 0).sum():
+        return None
     if not candidates:
-        return [] if lowest <= 0 else None
+        return []
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array

@@ -90,11 +90,15 @@ class Solver:
             # The middle of what is tolerated is the safer aim where times are noisy.
             aim = 1 - tolerance / (4 if timed else 100)
             least = (1 - tolerance) * allowed
-            if timed or number < _FREE_ROUNDS:
+            if timed or number < _FREE_ROUNDS or not self.dry_run.has_numbers:
                 chosen = self.select(resource, aim * allowed, least)
             else:
                 best = min(found, key=lambda choice: _distance(choice, resource))
                 chosen = self._beside(resource, best, aim * allowed, least)
+            if chosen is None:
+                chosen = self.strongest(resource)
+                if chosen in [choice.chosen for choice in found if not choice.met]:
+                    break
             if chosen in [choice.chosen for choice in found]:
                 continue
             realized = self.dry_run.realize(chosen, timed=timed)
@@ -105,9 +109,14 @@ class Solver:
                 break
         return min(found, key=lambda choice: _rank(choice, resource, tolerance))
 
+    def is_close(self, choice: Choice, budget: Budget) -> bool:
+        """Say whether a choice meets the budget and stays no further below it than tolerated."""
+        least = (1 - _TOLERANCES[budget.resource]) * choice.allowed
+        return choice.met and spent(choice.cost, budget.resource) >= least
+
     def _beside(
         self, resource: Resource, choice: Choice, most: float, least: float
-    ) -> tuple[int, ...]:
+    ) -> tuple[int, ...] | None:
         """Return a choice whose savings are linearised around others until they agree.
 
         Args:
@@ -128,14 +137,17 @@ class Solver:
             # The part of the savings that the linear form does not see at this choice.
             apart = error + total - sum(amounts[index] for index in chosen)
             left = dense - apart
-            chosen = self._select(amounts, left - most, left - least, (chosen, moves))
+            found = self._select(amounts, left - most, left - least, (chosen, moves))
+            if found is None:
+                return None
+            chosen = found
             spends = dense - error - model.saved(chosen)[1]
             if least <= spends <= most:
                 break
         return chosen
 
-    def select(self, resource: Resource, most: float, least: float) -> tuple[int, ...]:
-        """Return the choice that is predicted to lose least within an amount.
+    def select(self, resource: Resource, most: float, least: float) -> tuple[int, ...] | None:
+        """Return the choice that is predicted to lose least within an amount, None if none is.
 
         Args:
             resource: What is spent.
@@ -145,14 +157,23 @@ class Solver:
         left = spent(self.dry_run.dense, resource) - self.rest
         return self._select(self.saved(resource), left - most, left - least)
 
+    def strongest(self, resource: Resource) -> tuple[int, ...]:
+        """Return the choice that is predicted to save most."""
+        saved = self.saved(resource)
+        usable = [index for index in range(len(self.offers)) if index not in self.unfit]
+        chosen = select_strongest(
+            [self.offers[index].candidate for index in usable], [saved[index] for index in usable]
+        )
+        return tuple(usable[index] for index in chosen)
+
     def _select(
         self,
         saved: Sequence[float],
         lowest: float,
         highest: float,
         near: tuple[Sequence[int], int] | None = None,
-    ) -> tuple[int, ...]:
-        """Return the best choice that saves so much, or else the one that saves most."""
+    ) -> tuple[int, ...] | None:
+        """Return the choice that loses least and saves so much, None if nothing does."""
         usable = [index for index in range(len(self.offers)) if index not in self.unfit]
         candidates = [self.offers[index].candidate for index in usable]
         amounts = [saved[index] for index in usable]
@@ -166,9 +187,7 @@ class Solver:
             chosen = select(candidates, amounts, lowest=lowest, highest=highest)
         if chosen is None:
             chosen = select(candidates, amounts, lowest=lowest)
-        if chosen is None:
-            chosen = select_strongest(candidates, amounts)
-        return tuple(usable[index] for index in chosen)
+        return None if chosen is None else tuple(usable[index] for index in chosen)
 
     def saved(self, resource: Resource) -> list[float]:
         """Return what each offer saves, by what the last dry run taught."""

@@ -25,21 +25,16 @@ Measure = Callable[[tuple[int, ...]], float]
 
 
 class Swaps:
-    """Tries exchanges on a choice; after an interruption `best` holds the best so far.
-
-    Attributes:
-        best: The best choice so far, with its measured loss.
-        tried: How many swaps were measured.
-    """
+    """Exchanges of one level for a milder one and of another for a stronger one."""
 
     def __init__(
         self, solver: Solver, choice: Choice, budget: Budget, measure: Measure, seed: int
     ) -> None:
-        """Hold the parts and measure the choice to start with.
+        """Hold the parts.
 
         Args:
             solver: Knows the offers and what they save.
-            choice: Where to start.
+            choice: Where to start, with its measured loss.
             budget: What the choice met.
             measure: Measures losses.
             seed: Orders swaps of equal predicted gain.
@@ -49,50 +44,46 @@ class Swaps:
         self._measure = measure
         self._seed = seed
         self._seen = {choice.chosen}
-        self.tried = 0
-        self.best = replace(choice, loss=measure(choice.chosen))
+        self._best = choice
 
-    def run(self, told: Callable[[int], None]) -> None:
-        """Try swaps, the most promising first, until none helped for a while.
+    def run(self) -> Iterator[Choice]:
+        """Measure swaps, the most promising first; yield the best choice so far after each.
 
-        Args:
-            told: Called with the number of swaps tried.
+        It ends after `MOST_SWAPS`, or when none helped for a while.
         """
         failed = 0
         waiting = self._candidates()
-        while failed < _PATIENCE and self.tried < MOST_SWAPS:
+        for _ in range(MOST_SWAPS):
             chosen = next(waiting, None)
-            if chosen is None:
+            if chosen is None or failed == _PATIENCE:
                 return
             self._seen.add(chosen)
             loss = self._measure(chosen)
-            self.tried += 1
-            told(self.tried)
             failed += 1
-            if loss < self.best.loss:
-                better = self._fitting(chosen)
-                if better is not None:
-                    self.best = replace(better, loss=loss)
-                    waiting = self._candidates()
-                    failed = 0
+            better = self._fitting(chosen) if loss < self._best.loss else None
+            if better is not None:
+                self._best = replace(better, loss=loss)
+                waiting = self._candidates()
+                failed = 0
+            yield self._best
 
     def _fitting(self, chosen: tuple[int, ...]) -> Choice | None:
-        """Return a choice that is within the budget, None if it is not.
+        """Return a choice that is within the budget and close to it, None if it is not.
 
         Times are taken from the solver's prediction: measuring every swap would take too long.
         """
         if self._budget.resource == "latency":
-            return replace(self.best, chosen=chosen)
-        choice = self._solver.realized(self.best, chosen, self._budget)
-        return choice if choice.met else None
+            return replace(self._best, chosen=chosen)
+        choice = self._solver.realized(self._best, chosen, self._budget)
+        return choice if self._solver.is_close(choice, self._budget) else None
 
     def _candidates(self) -> Iterator[tuple[int, ...]]:
         """Yield the choices one swap away that were not tried, the most promising first."""
-        offers, chosen = self._solver.offers, self.best.chosen
+        offers, chosen = self._solver.offers, self._best.chosen
         saved = self._solver.saved(self._budget.resource)
         ladders = _ladders(offers, saved, self._solver.unfit)
         present = {owner_of(offers[index].candidate): index for index in chosen}
-        spare = spent(self.best.cost, self._budget.resource) - self.best.allowed
+        spare = spent(self._best.cost, self._budget.resource) - self._best.allowed
         draw = random.Random(self._seed)
         swaps: list[tuple[float, float, set[int], set[int]]] = []
         for given, milder in _steps_down(ladders, present):
