@@ -20,10 +20,12 @@ from graphopt.passes.registry import pass_named
 from . import open_sizes
 from .export_forms import export_forms
 from .flat_model import FlatModel, evaluating, first_line
+from .onnx_lowering import lower_for_runtimes
 from .onnx_runtime import VerifyReport, arguments_for, verify_flat
 from .onnx_translation import OPSETS, plain_attention, quiet, translate
 from .open_sizes import OpenSizes
 from .runtime import installation_of
+from .runtimes import RuntimeTime, runtime_names, time_runtimes
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -44,6 +46,8 @@ class ExportReport:
         dynamic: For each input, its open dimensions and the names of their sizes.
         size_bytes: Size of the file and its external data.
         verification: The comparison with torch.
+        times: The file's latency at the example's shapes in every runtime that is installed,
+            fastest first; empty if there is one only, or nothing was measured.
         notes: What a user should know: fixed sizes, and attempts that failed.
     """
 
@@ -55,6 +59,12 @@ class ExportReport:
     size_bytes: int
     verification: VerifyReport
     notes: tuple[str, ...]
+    times: tuple[RuntimeTime, ...] = ()
+
+    @property
+    def fastest(self) -> RuntimeTime | None:
+        """The fastest runtime that gives right outputs, None if nothing was measured."""
+        return next((time for time in self.times if time.problem is None), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -69,6 +79,7 @@ class ExportReport:
             },
             "size_bytes": self.size_bytes,
             "verification": self.verification.to_json(),
+            "times": [time.to_json() for time in self.times],
             "notes": list(self.notes),
         }
 
@@ -84,6 +95,7 @@ class ExportReport:
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
             f"  open sizes: {', '.join(sizes) or 'none'}",
             f"  {self.verification}",
+            *([f"  fastest: {', '.join(map(str, self.times))}"] if self.times else []),
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -98,6 +110,7 @@ def export_onnx(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     metadata: Mapping[str, str] | None = None,
     external_data_threshold_bytes: int = EXTERNAL_DATA_THRESHOLD_BYTES,
+    measure: bool = True,
 ) -> ExportReport:
     """Export a model to ONNX, run the file in ONNX Runtime, and keep it only if it is right.
 
@@ -105,7 +118,9 @@ def export_onnx(
     open where the model allows it; inputs carry the names of the forward's arguments. Outputs are
     compared with torch on the example and on at least three other inputs (see
     `onnx_runtime.compare` for the bound). Only then the file gets its name. Modules with operators
-    that ONNX lacks are written in their export form (see `export_forms`), and compared as they are.
+    that ONNX lacks are written in their export form (see `export_forms`), and compared as they are;
+    operators that runtimes are slow at are replaced (see `onnx_lowering`). Where OpenVINO is
+    installed too, the file is timed in both, and the report names the faster one.
 
     Args:
         model: Any model.
@@ -116,6 +131,7 @@ def export_onnx(
             default: the batch and whatever may be a sequence.
         metadata: More entries for the file's `metadata_props`.
         external_data_threshold_bytes: More weights than this go to `<name>.onnx.data` beside it.
+        measure: Whether to time the file in the runtimes that are installed, if there are several.
 
     Raises:
         ExportError: if the path cannot be written, torch cannot export the model, or ONNX Runtime
@@ -137,6 +153,7 @@ def export_onnx(
                 names = open_sizes.size_names(program, sizes)
                 translated = translate(program, flat.input_names, flat.output_names, version)
                 _name_sizes(translated, names)
+                lower_for_runtimes(translated)
                 translated.metadata_props.update({**properties, "opset": str(version)})
                 _save(translated, draft, external_data_threshold_bytes)
                 verification = verify_flat(flat, draft)
@@ -149,6 +166,7 @@ def export_onnx(
                     break  # no choice of sizes can mend it
                 continue
             found = open_sizes.found_sizes(program, sizes, names)
+            times = time_runtimes(flat, draft) if measure and len(runtime_names()) > 1 else ()
             return ExportReport(
                 path=target,
                 opset=version,
@@ -161,6 +179,7 @@ def export_onnx(
                     *_left_out(model),
                     *open_sizes.static_notes(flat, wanted, found, failures),
                 ),
+                times=times,
             )
     raise ExportError(
         f"{type(model).__name__} was not exported to {target}: {failures[0]}"

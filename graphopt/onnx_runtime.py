@@ -283,7 +283,7 @@ def verify_flat(flat: FlatModel, path: Path, *, threads: int | None = None) -> V
         for argument in runtime.get_inputs()
     }
     example = dict(zip(flat.input_names, flat.example, strict=True))
-    unit_roundoff = _unit_roundoff(flat)
+    unit_roundoff = unit_roundoff_of(flat)
     comparisons: list[Comparison] = []
     compared = 0
     for inputs in itertools.chain([example], _other_inputs(example, open_sizes)):
@@ -368,7 +368,7 @@ def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def _unit_roundoff(flat: FlatModel) -> float:
+def unit_roundoff_of(flat: FlatModel) -> float:
     """Return the coarsest rounding in a model: of its types, or that a module says it does.
 
     An input that two runtimes compute differently in the last bit may round to neighbouring
