@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, fx
 from graphopt.kernels.quantized_inputs import range_code
 from graphopt.passes.calibration import Calibration, bind, evaluation_mode
 from graphopt.passes.errors import InputError
+from graphopt.passes.gram import GramAccumulator
 from graphopt.passes.padding import real_tokens
 from graphopt.passes.program import Program, compile_values
 from graphopt.passes.row_chunks import model_room_bytes, row_chunks
 
-_ROWS_KEPT = 256
+_ROWS_KEPT = 512
+_ROWS_PER_CALL = 16384
 _SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
 
 
@@ -23,11 +26,13 @@ class InputSurvey:
     """Inputs of a layer on calibration data.
 
     Attributes:
+        gram: Their second moments.
         rows: Some of them [rows, channels], evenly spaced.
         low: Smallest value of every channel [channels].
         high: Largest value of every channel [channels].
     """
 
+    gram: GramAccumulator
     rows: Tensor
     low: Tensor
     high: Tensor
@@ -38,7 +43,7 @@ class InputSurvey:
         return torch.maximum(self.high, -self.low)
 
     def divided(self, factors: Tensor) -> InputSurvey:
-        """Return the survey of inputs divided by positive factors [channels]."""
+        """Return the ranges of inputs divided by positive factors [channels]."""
         factors = factors.to(self.rows)
         return replace(
             self, rows=self.rows / factors, low=self.low / factors, high=self.high / factors
@@ -77,36 +82,61 @@ class InputSurvey:
         return float(rounded.sub_(zero_point).mul_(scale).sub_(self.rows).square_().mean())
 
 
-def survey(program: Program, calibration: Calibration, source: fx.Node) -> InputSurvey:
-    """Return what the values of a node are like, by its last dimension; padding is left out.
+def survey(program: Program, calibration: Calibration, sources: Sequence[fx.Node]) -> InputSurvey:
+    """Return what the values of some nodes are like, by their last dimension, without padding.
 
-    Cost: one pass over the calibration data, up to the node.
+    The latest survey is kept: a layer's candidates share it.
+    Cost: one pass over the calibration data, up to the last node.
 
     Raises:
         InputError: if there is no batch.
     """
-    run = compile_values(program, [source])
+    held: dict[str, InputSurvey] = program.fact("latest survey of inputs", lambda _: {})
+    key = f"{id(calibration)} {' '.join(source.name for source in sources)}"
+    if key not in held:
+        held.clear()
+        held[key] = _survey(program, calibration, sources)
+    return held[key]
+
+
+def _survey(program: Program, calibration: Calibration, sources: Sequence[fx.Node]) -> InputSurvey:
+    gram: GramAccumulator | None = None
     kept: list[Tensor] = []
-    low = high = torch.empty(0)
+    bounds: list[tuple[Tensor, Tensor]] = []
+    for rows in _batches_of_rows(program, calibration, sources):
+        gram = gram or GramAccumulator(rows.shape[1], device=rows.device)
+        gram.update(_thinned(rows, _ROWS_PER_CALL))
+        bounds.append(torch.aminmax(rows, dim=0))
+        kept.append(_thinned(rows, _ROWS_KEPT).clone())
+    if gram is None:
+        raise InputError("the calibration data holds no batch; pass at least one")
+    low = torch.stack([smallest for smallest, _ in bounds]).amin(0)
+    high = torch.stack([largest for _, largest in bounds]).amax(0)
+    return InputSurvey(gram, _thinned(torch.cat(kept), _ROWS_KEPT), low, high)
+
+
+def _batches_of_rows(
+    program: Program, calibration: Calibration, sources: Sequence[fx.Node]
+) -> Iterator[Tensor]:
+    """Yield the values of some nodes as rows [rows, channels], without padding."""
+    run = compile_values(program, sources)
     room = model_room_bytes(program) // 2
-    with evaluation_mode(program.model), torch.no_grad():
-        for batch in calibration.batches():
-            mask = real_tokens(program, batch)
-            seen = 0
-            for tensors in row_chunks(program, bind(program, batch), room):
-                (value,) = run(program.model, *tensors)
+    for batch in calibration.batches():
+        mask = real_tokens(program, batch)
+        seen = 0
+        for tensors in row_chunks(program, bind(program, batch), room):
+            with evaluation_mode(program.model), torch.no_grad():
+                values = run(program.model, *tensors)
+            for value in values:
                 part = None if mask is None else mask[seen : seen + len(value)]
-                seen += len(value)
                 if part is not None and part.shape == value.shape[:-1]:
                     value = value[part.to(value.device)]
                 rows = value.reshape(-1, value.shape[-1]).float()
-                if not len(rows):
-                    continue
-                smallest, largest = torch.aminmax(rows, dim=0)
-                low = torch.minimum(low, smallest) if len(low) else smallest
-                high = torch.maximum(high, largest) if len(high) else largest
-                kept.append(rows[:: -(-len(rows) // _ROWS_KEPT)])
-    if not kept:
-        raise InputError("the calibration data holds no batch; pass at least one")
-    rows = torch.cat(kept)
-    return InputSurvey(rows[:: -(-len(rows) // (8 * _ROWS_KEPT))], low, high)
+                if len(rows):
+                    yield rows
+            seen += len(values[0])
+
+
+def _thinned(rows: Tensor, most: int) -> Tensor:
+    """Return evenly spaced rows, not many more than a number."""
+    return rows[:: max(1, len(rows) // most)]

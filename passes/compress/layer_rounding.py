@@ -19,7 +19,6 @@ from graphopt.passes.compress.rounding import (
     stood_for,
 )
 from graphopt.passes.compress.smoothing import smoothing_place
-from graphopt.passes.gram import GramAccumulator
 from graphopt.passes.linear_layers import LinearLayer
 from graphopt.passes.program import Program
 
@@ -60,14 +59,13 @@ def round_layer(
         fit = _without_data(details, layer)
         return LayerRounding(fit.state(change.target, details, layer), fit.error, 1.0, "")
     name = change.target
-    nodes = list(dict.fromkeys((node.all_input_nodes[0], -1) for node in program.calls(name)))
-    gram = calibration.statistics(program, nodes)
-    inputs = survey(program, calibration, nodes[0][0])
+    sources = list(dict.fromkeys(node.all_input_nodes[0] for node in program.calls(name)))
+    inputs = survey(program, calibration, sources)
 
     def fitted(factors: Tensor) -> _Fit:
-        return _with_data(details, layer, gram, inputs, factors, compensate=compensate)
+        return _with_data(details, layer, inputs, factors, compensate=compensate)
 
-    plain = fitted(torch.ones_like(gram.mean_x))
+    plain = fitted(torch.ones_like(inputs.gram.mean_x))
     others: State = {}
     note = ""
     if smooth and details.activations != "none":
@@ -125,7 +123,6 @@ def _without_data(details: Quantization, layer: LinearLayer) -> _Fit:
 def _with_data(
     details: Quantization,
     layer: LinearLayer,
-    gram: GramAccumulator,
     inputs: InputSurvey,
     factors: Tensor,
     *,
@@ -134,6 +131,7 @@ def _with_data(
     """Round a layer whose inputs are divided by some factors [channels], and its weight not yet."""
     matrix, inputs = layer.matrix.double() * factors, inputs.divided(factors)
     # A bias takes the mean of the error over.
+    gram = inputs.gram
     used = gram.uncentered() if layer.bias is None else gram
     covariance = used.covariance / torch.outer(factors, factors)
     scales = clipped_scales(matrix, details.bits, details.group_size, covariance.diagonal())

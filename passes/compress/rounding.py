@@ -15,7 +15,7 @@ from graphopt.kernels.quantized_weights import largest_integer
 __all__ = ["clipped_scales", "round_compensated", "round_nearest", "stood_for"]
 
 _SHRINKS = torch.linspace(1.0, 0.5, 26).tolist()
-_BLOCK = 128
+_BLOCK = 64
 
 
 def clipped_scales(
@@ -82,20 +82,22 @@ def round_compensated(
     gram = covariance[order][:, order] + ridge * torch.eye(len(order), dtype=torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    rest = matrix.detach().double()[:, order]
-    steps = _spread(scales, matrix)[:, order]
+    # A channel is a row here, so that it is contiguous.
+    rest = matrix.detach().double().t()[order]
+    steps = _spread(scales, matrix).t()[order]
     integers = torch.empty_like(rest)
     for start in range(0, len(order), _BLOCK):
         stop = min(start + _BLOCK, len(order))
-        errors = torch.empty_like(rest[:, start:stop])
-        for column in range(start, stop):
-            step = steps[:, column]
-            integers[:, column] = _nearest(rest[:, column], step, bits)
-            error = (rest[:, column] - integers[:, column] * step) / factor[column, column]
-            rest[:, column:stop] -= error[:, None] * factor[column, column:stop]
-            errors[:, column - start] = error
-        rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    return integers[:, order.argsort()].to(torch.int8)
+        errors = torch.empty_like(rest[start:stop])
+        for channel in range(start, stop):
+            integers[channel] = _nearest(rest[channel], steps[channel], bits)
+            error = rest[channel] - integers[channel] * steps[channel]
+            errors[channel - start] = error / factor[channel, channel]
+            rest[channel:stop].addr_(
+                factor[channel, channel:stop], errors[channel - start], alpha=-1
+            )
+        rest[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return integers[order.argsort()].t().to(torch.int8)
 
 
 def stood_for(integers: Tensor, scales: Tensor) -> Tensor:
