@@ -17,13 +17,15 @@ from torch import nn
 
 from graphopt.passes.calls import expand_arguments, signature_of
 from graphopt.passes.errors import ConfigError, ExportError, GraphoptError
+from graphopt.passes.plan import Plan
 from graphopt.passes.structure import flatten, map_tensors, tensor_names
 from graphopt.passes.verifier import preserved
 
-from .bench_result import BenchResult, BenchRow
+from .bench_result import BenchResult, BenchRow, SiteTime
 from .environment import environment
 from .export import export_onnx
 from .onnx_runtime import arguments_for, session
+from .runtime import installation_of
 from .training.executed_flops import ExecutedFlops
 
 _PRECISIONS = ("highest", "medium")
@@ -48,6 +50,7 @@ def bench(
 
     A float32 model runs in torch with both settings of `torch.set_float32_matmul_precision` that
     matter, and the faster one counts, for either model: what one could have, the other has.
+    The parts that were rewritten are listed with the times that `optimize` and `plan` took them by.
 
     Args:
         dense: The model as it was.
@@ -81,6 +84,8 @@ def bench(
             except GraphoptError as error:
                 notes.append(f"not measured in ONNX Runtime: {error}")
         flops = [_flops(model, arguments) for model in models]
+        installation = installation_of(optimized)
+        plan = Plan() if installation is None else installation.plan
         return BenchResult(
             rows=tuple(rows),
             inputs={
@@ -93,7 +98,25 @@ def bench(
             optimized_flops=flops[1],
             environment=environment(place),
             notes=tuple(notes),
+            sites=tuple(_sites(plan)),
+            sites_runtime=str(plan.recipe.get("runtime", "torch")),
         )
+
+
+def _sites(plan: Plan, part: str = "") -> Iterator[SiteTime]:
+    """Yield the changes that were timed by themselves, those of parts under their full names."""
+    for change in plan.changes:
+        dense_ms, optimized_ms = change.before.latency_ms, change.after.latency_ms
+        if dense_ms is not None and optimized_ms is not None:
+            yield SiteTime(
+                target=part + change.target,
+                pass_name=change.pass_name,
+                dense_ms=dense_ms,
+                optimized_ms=optimized_ms,
+                source=change.after.latency_source or "measured",
+            )
+    for name, inner in plan.parts.items():
+        yield from _sites(inner, f"{part}{name}.")
 
 
 def _torch_row(

@@ -12,6 +12,7 @@ from .environment import Environment
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 _WIDTH_COLUMNS = 140
 
@@ -46,11 +47,33 @@ class BenchRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteTime:
+    """What one change of the plan brings by itself, as `optimize` and `plan` measured it.
+
+    Attributes:
+        target: What was rewritten.
+        pass_name: The pass.
+        dense_ms: Time of the part as it was.
+        optimized_ms: Time of what took its place.
+        source: "measured", "interpolated" or "predicted".
+    """
+
+    target: str
+    pass_name: str
+    dense_ms: float
+    optimized_ms: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """All comparisons of two models; prints as a table.
+    """All comparisons of two models; prints as tables.
 
     Attributes:
         rows: The comparisons.
+        sites: The parts that were rewritten, with the times in the plan; only some changes are
+            timed by themselves.
+        sites_runtime: The runtime of those times, as in recipes.
         inputs: Names and shapes of the inputs.
         dense_dtype: Types of the dense model's parameters.
         optimized_dtype: Types of the optimized model's parameters.
@@ -68,6 +91,8 @@ class BenchResult:
     optimized_flops: int
     environment: Environment
     notes: tuple[str, ...]
+    sites: tuple[SiteTime, ...] = ()
+    sites_runtime: str = "torch"
 
     @property
     def flops_ratio(self) -> float | None:
@@ -88,6 +113,8 @@ class BenchResult:
             "flops_ratio": self.flops_ratio,
             "environment": dataclasses.asdict(self.environment),
             "notes": list(self.notes),
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+            "sites_runtime": self.sites_runtime,
         }
 
     def __str__(self) -> str:
@@ -128,6 +155,8 @@ class BenchResult:
                 f"FLOPs {self.dense_flops:.3g} / {self.optimized_flops:.3g} = "
                 f"{self.flops_ratio:.2f} (operations, not time)"
             )
+        if self.sites:
+            yield _sites_table(self.sites, self.sites_runtime)
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
         where = self.environment
         yield Text(f"{shapes}; {self.dense_dtype} and {self.optimized_dtype}; {where.cpu}")
@@ -138,6 +167,25 @@ class BenchResult:
         )
         for note in self.notes:
             yield Text(f"note: {note}")
+
+
+def _sites_table(sites: tuple[SiteTime, ...], runtime: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"Parts by themselves, when the plan was made in {runtime}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("part", "pass", "dense, ms", "optimized, ms", "dense / optimized", "times"):
+        table.add_column(column, overflow="fold")
+    for site in sites:
+        times = (f"{site.dense_ms:.3g}", f"{site.optimized_ms:.3g}")
+        ratio = f"{site.dense_ms / site.optimized_ms:.2f}"
+        table.add_row(*map(Text, (site.target, site.pass_name, *times, ratio, site.source)))
+    return table
 
 
 def _spread(middle: float, low: float, high: float, precision: str) -> str:

@@ -136,3 +136,26 @@ def test_rows_are_added_to_a_file_with_their_environment(
     path.write_text("other,columns\n1,2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"has the columns \['other', 'columns'\]"):
         write_csv(path, result.rows, result.environment)
+
+
+def test_parts_are_listed_with_the_times_of_the_plan() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
+    example = torch.randn(128, 512)
+    small = graphopt.optimize(
+        dense, example, recipe=["factorize-low-rank", "prune-channels"], budget="30%"
+    )
+    changes = [change for change in graphopt.report(small).kept if change.after is not None]
+    found = bench(dense, small, example=example, repeats=1, onnx=False)
+    assert [(site.target, site.optimized_ms) for site in found.sites] == [
+        (change.target, change.after.latency_ms) for change in changes if change.after is not None
+    ]
+    assert found.sites
+    assert all(site.optimized_ms < site.dense_ms for site in found.sites)
+    assert found.to_json()["sites"][0]["target"] == found.sites[0].target
+    assert "Parts by themselves, when the plan was made in torch" in str(found)
+
+
+def test_models_without_a_plan_have_no_parts(result: BenchResult) -> None:
+    assert not result.sites
+    assert "Parts by themselves" not in str(result)

@@ -219,6 +219,32 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     assert "round_to = 8" in run("passes").stdout
 
 
+def test_a_sweep_shows_and_writes_what_accuracy_costs(source: Path, tmp_path: Path) -> None:
+    before = sorted(source.rglob("*"))
+    options = ("--recipe", "prune-channels", "--no-measure", "--sweep", *SIZES)
+    data = printed_json("plan", source, *options, "-o", tmp_path / "frontier")
+    assert isinstance(data["points"], list)
+    assert [point["budget"] for point in data["points"]][::6] == ["90% flops", "30% flops"]
+    written = json.loads((tmp_path / "frontier" / "frontier.json").read_text(encoding="utf-8"))
+    assert written == data
+    assert (tmp_path / "frontier" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(source.rglob("*")) == before
+
+
+def test_the_resolved_recipe_of_an_output_makes_it_again(
+    source: Path, optimized: Path, tmp_path: Path
+) -> None:
+    data = ("--calibration", source.parent / "texts.jsonl", "--no-measure")
+    result = run(
+        *("optimize", source, "-o", tmp_path / "again"),
+        *("--recipe", optimized / "recipe.yaml", *data, *SIZES),
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    weights = [load_file(path / "model.safetensors") for path in (optimized, tmp_path / "again")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -252,6 +278,7 @@ def test_a_bad_option_is_one_sentence_before_any_model_is_read(
     [
         ["optimize"],
         ["optimize", "somewhere"],
+        ["plan", "somewhere", "-o", "out"],
         ["optimize", "somewhere", "-o", "out", "--unknown"],
         ["unknown"],
         ["plan", "somewhere", "--limit", "-1"],
