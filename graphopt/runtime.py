@@ -27,6 +27,7 @@ from .emission import emit
 
 _PREFIX = "Optimized"
 _FUNCTIONS = "_graphopt_functions"
+_OF_EVERY_CLASS = ("__dict__", "__weakref__")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,14 @@ def install_parts(model: nn.Module, plan: Plan) -> nn.Module:
     installation = Installation(None, plan, "")
     model.__class__ = _subclass(type(model), {"_graphopt_installation": installation})
     return model
+
+
+def replace_plan(model: nn.Module, plan: Plan) -> None:
+    """Give an optimized model a plan that says more of the same changes; copies keep theirs."""
+    kind = type(model)
+    own = {key: value for key, value in vars(kind).items() if key not in _OF_EVERY_CLASS}
+    own["_graphopt_installation"] = replace(own["_graphopt_installation"], plan=plan)
+    model.__class__ = type(kind.__name__, kind.__bases__, own)
 
 
 def uninstall(model: nn.Module) -> None:

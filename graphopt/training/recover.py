@@ -20,6 +20,7 @@ from graphopt.errors import ConfigError, TrainingError
 from graphopt.held_out import split
 from graphopt.kernels.quantized_linear import QuantizedLinear
 from graphopt.passes.calls import signature_of
+from graphopt.runtime import installation_of, replace_plan
 
 from .random_states import random_states, restore_random_states
 from .recovery_batches import TrainingBatches
@@ -63,7 +64,8 @@ def recover(
     outputs (drift, or the user's score) is taken on held-out batches about 20 times, and the best
     weights are kept: the result is never worse than the model that came, by that measure. After a
     fifth of the time without improvement the best weights are gone back to and the learning rate
-    is a third; the third time it ends early. `training.recovery_of(result)` tells all.
+    is a third; the third time it ends early. `training.recovery_of(result)` tells all, a note in
+    the plan the outcome.
 
     Quantized layers are trained as float ones that compute with their weight rounded (gradients
     pass straight through), and are rounded again at the end.
@@ -132,6 +134,10 @@ def recover(
         with trainable_rounding(student):
             report = loop.run(student, teacher, TrainingBatches(trained, seed), examined)
     attach(student, report)
+    installation = installation_of(student)
+    if installation is not None:
+        notes = (*installation.plan.notes, f"recovered: {report}")
+        replace_plan(student, installation.plan.model_copy(update={"notes": notes}))
     return student
 
 

@@ -167,6 +167,9 @@ def test_the_model_keeps_its_class_modes_and_frozen_parameters(
     with torch.no_grad():
         loaded = graphopt.load(tmp_path / "out")(**data[0]).last_hidden_state
         assert torch.equal(loaded, recovered(**data[0]).last_hidden_state)
+    notes = graphopt.report(graphopt.load(tmp_path / "out")).notes
+    assert notes[-1] == f"recovered: {recovery_of(recovered)}"
+    assert len(notes) == len(graphopt.report(pruned).notes) + 1
 
 
 def test_training_that_only_harms_leaves_the_model_as_it_came(
