@@ -15,12 +15,6 @@ from graphopt.errors import ConfigError
 from graphopt.runtime import installation_of
 
 LENGTH = 12
-MODELS = [
-    ("bert-classifier", "uniform"),
-    ("gpt2", "uniform"),
-    ("vit", "solver"),
-    ("resnet", "uniform"),
-]
 
 
 def batches(case: Case) -> list[dict[str, Any]]:
@@ -58,7 +52,15 @@ def plan_of(model: nn.Module) -> graphopt.Plan:
     return installation.plan
 
 
-@pytest.mark.parametrize(("name", "allocation"), MODELS)
+@pytest.mark.parametrize(
+    ("name", "allocation"),
+    [
+        ("bert-classifier", "uniform"),
+        ("gpt2", "uniform"),
+        ("vit", "uniform"),
+        ("resnet", "solver"),
+    ],
+)
 def test_deploy_keeps_to_its_guard_on_held_out_batches(name: str, allocation: str) -> None:
     case = find_case(name)
     dense, data = built(case), batches(case)
@@ -79,7 +81,9 @@ def test_deploy_keeps_to_its_guard_on_held_out_batches(name: str, allocation: st
     assert plan_of(optimized).changes
 
 
-@pytest.mark.parametrize(("name", "allocation"), MODELS)
+@pytest.mark.parametrize(
+    ("name", "allocation"), [("gpt2", "uniform"), ("vit", "solver"), ("resnet", "uniform")]
+)
 def test_a_guard_too_tight_for_anything_gives_the_model_back(
     name: str, allocation: str, tmp_path: Path
 ) -> None:
