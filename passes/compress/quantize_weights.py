@@ -214,14 +214,13 @@ class QuantizeWeights(Pass):
         heads = output_heads(program)
         for name, layer in linear_layers(program):
             reason = left_dense(program, context, name, heads)
+            if reason is None and isinstance(layer.module, FusedLinear):
+                reason = "it is several layers fused into one; quantize before fusing"
             if reason is None:
                 layers[name] = layer
             else:
                 misses.append(self._miss(name, reason))
-        for node, _ in program.leaf_calls(FusedLinear):
-            reason = "it is several layers fused into one; quantize before fusing"
-            misses.append(self._miss(str(node.target), reason))
-        return layers, list(dict.fromkeys(misses))
+        return layers, misses
 
     def _candidate(
         self, program: Program, context: Context, name: str, layer: LinearLayer, scheme: Scheme
