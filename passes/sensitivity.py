@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
+from .axis_flow import tensors_of
 from .objective import Objective
 from .program import Program, compile_graph
 
@@ -75,8 +76,7 @@ def _reaching(program: Program) -> set[fx.Node]:
 
 
 def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return any(value.is_floating_point() for value in tensors_of(node.meta.get("val")))
 
 
 def _leaf(value: torch.Tensor) -> torch.Tensor:

@@ -96,9 +96,10 @@ class WeightedStatistics:
         spread = metric @ (change @ self.gram.covariance)
         loss = (spread * change).sum() + moved @ metric @ moved
         if self.slope is not None:
-            loss = loss + (self.slope[:, :-1] * change).sum()
+            slope = self.slope.to(change)
+            loss = loss + (slope[:, :-1] * change).sum()
             if bias is not None:
-                loss = loss + self.slope[:, -1] @ bias.to(loss)
+                loss = loss + slope[:, -1] @ bias.to(slope)
         return float(loss)
 
     def state_dict(self) -> dict[str, Tensor]:
