@@ -180,12 +180,12 @@ def _export(model: nn.Module, path: Path, arguments: dict[str, Any]) -> None:
         arguments, lambda t: t[:_EXPORTED_ROWS] if t.dim() and t.shape[0] == rows else t
     )
     try:
-        written = export_onnx(model, path, few)
+        written = export_onnx(model, path, few, measure=False)
         if all(0 in sizes for sizes in written.dynamic.values()):
             return
     except GraphoptError:
         pass  # what fails at two rows may work at the example's own
-    export_onnx(model, path, arguments)
+    export_onnx(model, path, arguments, measure=False)
 
 
 def _row(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphopt.passes.errors import CheckpointError, ConfigError, ExportError, MissingExtraError
 from graphopt.passes.runners import processor
@@ -14,6 +15,7 @@ from graphopt.passes.workload import Workload
 
 from .export_forms import export_forms
 from .flat_model import first_line
+from .onnx_lowering import lower_for_runtimes
 from .onnx_runtime import CPU_PROVIDER, session
 from .onnx_translation import OPSETS, plain_attention, quiet, translate
 
@@ -74,6 +76,7 @@ class OnnxRunner:
             for version in OPSETS:
                 try:
                     content = translate(traced, None, None, version)
+                    lower_for_runtimes(content)
                     runtime = session(_bytes(content), provider=self._provider)
                 except (ExportError, CheckpointError) as error:
                     failures.append(error)
@@ -84,10 +87,21 @@ class OnnxRunner:
         raise failures[0]
 
 
+class _Whole(nn.Module):
+    """Calls a module from outside: an export form takes the place of calls, not of a root."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.part(*inputs)
+
+
 def _traced(work: Workload) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad(), plain_attention(), export_forms(work.module):
-            return torch.export.export(work.module.eval(), work.inputs, strict=False)
+            return torch.export.export(_Whole(work.module).eval(), work.inputs, strict=False)
     except Exception as error:
         raise ExportError(f"torch.export cannot trace the part: {first_line(error)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from graphopt.capture import capture
 from graphopt.errors import ConfigError
-from graphopt.kernels import LowRankLinear
+from graphopt.kernels import LowRankLinear, QuantizedLinear
 from graphopt.onnx_timing import OnnxRunner
 from graphopt.passes.axes import axes_of
 from graphopt.passes.contraction_times import compare_sizes
@@ -37,6 +38,26 @@ def test_what_is_timed_computes_what_the_module_computes(module: nn.Module) -> N
         expected = work.module(*work.inputs)
     # Products of at most 8 terms of size one, in float32.
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=8 * 8 * 2**-22)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8, "activations": "dynamic"},
+        {"bits": 8, "activations": "static"},
+        {"bits": 4, "activations": "none", "group_size": 32},
+    ],
+)
+def test_integer_layers_are_timed_in_the_form_that_is_exported(options: dict[str, Any]) -> None:
+    work = Workload.of_shape(
+        QuantizedLinear(64, 32, device="meta", **options), (16, 64), torch.float32
+    )
+    (found,) = OnnxRunner().prepare(work.on(CPU, training=False), training=False)()
+    assert found.shape == (16, 32)
+    dense = Workload.of_shape(nn.Linear(64, 32), (16, 64), torch.float32)
+    times = Costs(runner=OnnxRunner(), budget_s=0.001).compare(dense, work, training=False)
+    assert times.ratio > 0
+    assert times.source == "measured"
 
 
 def test_times_are_kept_apart_by_runtime(tmp_path: Path) -> None:
