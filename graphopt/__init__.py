@@ -6,6 +6,7 @@ from graphopt.api import optimize, plan
 from graphopt.capture import capture
 from graphopt.checkpoint import densify, load, save
 from graphopt.export import export_onnx
+from graphopt.frontier import frontier
 from graphopt.passes.plan import Plan
 from graphopt.passes.program import Program
 from graphopt.report import report
@@ -20,6 +21,7 @@ __all__ = [
     "capture",
     "densify",
     "export_onnx",
+    "frontier",
     "load",
     "optimize",
     "plan",

@@ -12,9 +12,11 @@ PUBLIC_NAMES = [
     "capture",
     "densify",
     "export_onnx",
+    "frontier",
     "load",
     "optimize",
     "plan",
+    "recover",
     "report",
     "save",
 ]
