@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphopt.kernels.quantized_linear import QuantizedLinear
-from graphopt.kernels.quantized_weights import dequantize
+from graphopt.kernels.quantized_weights import largest_integer
 from graphopt.passes.base import replace_module
 
 
 class RoundedLinear(nn.Module):
     """A float layer that gives what its quantized one would, with the gradients of a float one.
+
+    Scales and the ranges of inputs stay, so a weight that nothing moved has the integers it had.
 
     Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013
     (straight-through estimator).
@@ -35,16 +37,16 @@ class RoundedLinear(nn.Module):
         self._quantized = [quantized]
         self.weight = nn.Parameter(quantized.weight.detach().clone())
         self.bias = quantized.bias
-        self._first = (quantized.integers.clone(), quantized.scales.clone())
 
     def settle(self) -> QuantizedLinear:
         """Give the quantized layer the weight as it is now; return it."""
         (layer,) = self._quantized
-        # What came may have been rounded better than to the nearest.
-        if torch.equal(self.weight, dequantize(*self._first)):
-            layer.set_integers(*self._first)
-        else:
-            layer.requantize(self.weight.detach())
+        scales = layer.scales.reshape(layer.out_features, -1, 1)
+        largest = largest_integer(layer.bits)
+        groups = self.weight.detach().unflatten(1, (scales.shape[1], -1))
+        lowest = -largest - (layer.bits == 4)
+        integers = (groups / scales).round_().clamp_(lowest, largest).flatten(1)
+        layer.set_integers(integers.to(torch.int8), layer.scales)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

@@ -304,6 +304,7 @@ def test_rounded_layers_compute_like_quantized_ones_and_learn_like_float_ones() 
     x = torch.randn(5, 32, requires_grad=True)
     model = nn.Sequential(layer)
     expected = layer(x).detach()
+    before, scales = layer.integers.clone(), layer.scales.clone()
     with trainable_rounding(model):
         rounded = model[0]
         assert isinstance(rounded, RoundedLinear)
@@ -314,12 +315,13 @@ def test_rounded_layers_compute_like_quantized_ones_and_learn_like_float_ones() 
         torch.testing.assert_close(rounded.weight.grad, slopes.t() @ x.detach())
         torch.testing.assert_close(x.grad, slopes @ rounded.weight.detach())
         with torch.no_grad():
-            rounded.weight.copy_(dense.weight * 2)
+            rounded.weight[0, :16] += 2 * layer.scales[0, 0]
+            rounded.weight[1] += 0.4 * layer.scales[1, 0].minimum(layer.scales[1, 1])
     assert model[0] is layer
-    twice = QuantizedLinear.from_dense(dense, bits=4, group_size=16, activations="none")
-    twice.requantize(dense.weight * 2)
-    assert torch.equal(layer.codes, twice.codes)
-    assert torch.equal(layer.scales, twice.scales)
+    moved = before.clone()
+    moved[0, :16] += 2
+    assert torch.equal(layer.integers, moved.clamp(max=7))
+    assert torch.equal(layer.scales, scales)
 
 
 def test_an_error_gives_quantized_layers_back_as_they_were() -> None:
