@@ -90,7 +90,7 @@ def student(teacher: Chain) -> Chain:
     worse = copy.deepcopy(teacher)
     with torch.no_grad():
         for parameter in worse.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return worse
 
 
