@@ -64,7 +64,11 @@ class QuantizedLinearForm(nn.Module):
                 f"expected an input [..., {self.in_features}], got {list(map(int, x.shape))}"
             )
         result = self.product(x.float())
-        return (result if self.bias is None else result + self.bias).to(x.dtype)
+        return (result if self.bias is None else self.biased(result, self.bias)).to(x.dtype)
+
+    def biased(self, product: Tensor, bias: Tensor) -> Tensor:
+        """Return the product with the bias added."""
+        return product + bias
 
     def product(self, x: Tensor) -> Tensor:
         """Return `x W^T` [..., out_features] in float32."""
@@ -137,6 +141,10 @@ class _Static(_Integers):
         shape = self.integers.shape
         weight = _operator("DequantizeLinear", inputs, torch.float32, shape, {"axis": 1})
         return rounded @ weight
+
+    def biased(self, product: Tensor, bias: Tensor) -> Tensor:
+        # Of MatMul and Add, where all sizes are fixed, ONNX Runtime makes a Gemm of floats.
+        return _operator("Sum", (product, bias), torch.float32, product.shape)
 
 
 class _Dequantized(QuantizedLinearForm):

@@ -104,7 +104,7 @@ def _reader_refusal(
     name = str(reader.target)
     layer = linear_layer(program, name) if reader.op == "call_module" else None
     if layer is None:
-        return f"what it reads is also read by {reader.name}"
+        return f"{reader.name}, which is no dense linear layer, reads the same"
     layers[name] = layer
     return replacement_refusal(program, name)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -215,6 +216,18 @@ def test_onnx_files_compute_the_same_from_small_integers(tmp_path: Path) -> None
     floats = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT]
     assert len(weights) - len(floats) == len(SCHEMES)
     assert sum(len(tensor.raw_data) for tensor in floats) <= 4 * 128 * (4 + 8 + 4 + 4)  # scales
+
+
+def test_static_layers_multiply_integers_where_all_sizes_are_fixed(tmp_path: Path) -> None:
+    model, path = nn.Sequential(layer("static")).eval(), tmp_path / "model.onnx"
+    graphopt.export_onnx(model, path, torch.randn(3, 64), dynamic={})
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+    assert operators >= {"MatMulIntegerToFloat"}
+    assert not operators & {"Gemm", "MatMul"}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
