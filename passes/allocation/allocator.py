@@ -10,7 +10,7 @@ from pathlib import Path
 from graphopt.passes.base import Context, Cost, Miss, Pass
 from graphopt.passes.budget import Budget, Resource, spent
 from graphopt.passes.errors import ConfigError
-from graphopt.passes.guard import Guard
+from graphopt.passes.guard import GIVEN_UP, Guard
 from graphopt.passes.program import Program
 
 from .dry_run import DryRun
@@ -107,6 +107,7 @@ class Allocator:
         limit = math.inf if guard is None else _loss_limit(guard)
         budget = budget or self._least()
         choice, notes = self._improved(self._solver.solve(budget), budget)
+        wanted = choice
         if choice.loss > limit:
             budget = self._weaker(choice, budget, limit)
             choice, more = self._improved(self._solver.solve(budget), budget)
@@ -115,7 +116,7 @@ class Allocator:
             raise KeyboardInterrupt
         return Allocation(
             offers=tuple(self._offers[index] for index in choice.chosen),
-            misses=tuple(self._misses(choice, budget)),
+            misses=tuple(self._misses(choice, wanted, budget)),
             notes=(*self._notes, *notes),
             dense=self._solver.dry_run.dense,
             cost=choice.cost,
@@ -133,9 +134,9 @@ class Allocator:
         """Cost of the dense program, with a time once one was asked for."""
         return self._solver.dry_run.dense
 
-    def time_ms(self, program: Program) -> float:
-        """Return the time of the program as it is now, measured in turns with the dense one."""
-        return self._solver.dry_run.time_ms(program)
+    def timed(self, cost: Cost, program: Program) -> Cost:
+        """Return the cost of a program with its time as it is now, in turns with the dense one."""
+        return self._solver.dry_run.timed(cost, program)
 
     def _check(self, budget: Budget | None, guard: Guard | None) -> None:
         if budget is None and guard is None:
@@ -221,10 +222,23 @@ class Allocator:
             low, high = (low, middle) if fits else (middle, high)
         return Budget(resource=resource, amount=high, relative=False)
 
-    def _misses(self, choice: Choice, budget: Budget) -> list[Miss]:
-        """Return one miss for each target of each pass that is not changed."""
+    def _misses(self, choice: Choice, wanted: Choice, budget: Budget) -> list[Miss]:
+        """Return one miss for each target of each pass that is not changed.
+
+        Args:
+            choice: What is changed.
+            wanted: What would be changed without a guard.
+            budget: What may be spent.
+        """
         chosen = {owner_of(self._offers[index].candidate) for index in choice.chosen}
         reasons: dict[tuple[str, str], str] = {}
+        for index in wanted.chosen if wanted != choice else ():
+            candidate = self._offers[index].candidate
+            alone = math.sqrt(max(candidate.loss or 0.0, 0.0))
+            reasons[owner_of(candidate)] = (
+                f"{GIVEN_UP}{candidate.change.summary} is expected to drift by {alone:.2g} alone, "
+                "and the guard leaves no room for it beside the others"
+            )
         for index, offer in enumerate(self._offers):
             reason = self._solver.unfit.get(index) or self._why_not(offer, choice, budget)
             reasons.setdefault(owner_of(offer.candidate), reason)
@@ -244,7 +258,8 @@ class Allocator:
                 other.shared
             ):
                 return f"{other.change.pass_name} loses less here: {other.change.summary}"
-        return f"left as it is: at {budget} the other changes lose less"
+        share = budget.allowed(self.dense) / spent(self.dense, budget.resource)
+        return f"left as it is: at {share:.0%} of the {budget.resource} the rest loses less"
 
     def _tell(self, label: str, done: int, total: int) -> None:
         if self._progress:

@@ -12,6 +12,7 @@ from graphopt.passes.base import Context, Cost, Pass
 from graphopt.passes.budget import Resource, spent
 from graphopt.passes.errors import PlanError
 from graphopt.passes.facts import facts_of, total_cost
+from graphopt.passes.latency import Source
 from graphopt.passes.program import Program
 from graphopt.passes.program_times import compare_programs
 from graphopt.passes.propagation import refresh
@@ -70,11 +71,13 @@ class DryRun:
         self._found: dict[tuple[int, ...], Realized] = {}
         self._timed: dict[tuple[int, ...], Realized] = {}
         self._dense_ms: float | None = None
+        self._source: Source = "measured"
 
     @property
     def dense(self) -> Cost:
         """Cost of the program before any change, with its time once a choice was timed."""
-        return replace(total_cost(self._dense), latency_ms=self._dense_ms)
+        cost = total_cost(self._dense)
+        return cost if self._dense_ms is None else cost.timed(self._dense_ms, self._source)
 
     @property
     def start(self) -> Cost:
@@ -120,14 +123,14 @@ class DryRun:
         cost = costs[-1]
         if timed:
             _fill(program, self._dense)
-            cost = replace(cost, latency_ms=self.time_ms(program))
+            cost = self.timed(cost, program)
         return Realized(cost, tuple(costs), unfit)
 
     def _predicted(self, chosen: tuple[int, ...], timed: bool) -> Realized:
         """Return what a choice costs if savings add up."""
         cost = self.start
         if timed:
-            cost = replace(cost, latency_ms=self.time_ms(self._program))
+            cost = self.timed(cost, self._program)
         dense = self.dense
         resources: tuple[Resource, ...] = ("flops", "bytes", "parameters", "latency")
         steps = []
@@ -137,7 +140,8 @@ class DryRun:
                     resource: offer.saved(resource, spent(dense, resource), dense.flops)
                     for resource in (resources if timed else resources[:3])
                 }
-                cost = Cost(
+                cost = replace(
+                    cost,
                     flops=max(cost.flops - round(saved["flops"]), 0),
                     size_bytes=max(cost.size_bytes - round(saved["bytes"]), 0),
                     parameters=max(cost.parameters - round(saved["parameters"]), 0),
@@ -170,27 +174,31 @@ class DryRun:
         facts = facts_of(program)
         return {node.name: facts.cost([node]) for node in facts.nodes}
 
-    def time_ms(self, program: Program) -> float:
-        """Time a program in turns with the dense one; return its part of the dense time.
+    def timed(self, cost: Cost, program: Program) -> Cost:
+        """Return the cost of a program with its time: its part of the dense program's.
+
+        They run in turns.
 
         Programs are told apart by their code and sizes, so that measured times can be kept.
         """
         costs, training = self._context.costs, self._context.training
         assert costs is not None
-        form = [program.code, *_sizes(program)]
-        what = hashlib.sha256("\n".join(form).encode()).hexdigest()[:24]
+        form, dense_form = _form(program), _form(self._dense)
+        what = hashlib.sha256(form.encode()).hexdigest()[:24]
         times = compare_programs(costs, self._dense, program, what, training=training)
         if self._dense_ms is None:
-            self._dense_ms = times.dense_ms
-        return self._dense_ms / times.ratio
+            self._dense_ms, self._source = times.dense_ms, times.source
+        ratio = 1.0 if form == dense_form else times.ratio
+        return cost.timed(self._dense_ms / ratio, times.source)
 
 
-def _sizes(program: Program) -> list[str]:
-    """Return kind and sizes of all that a program computes with."""
+def _form(program: Program) -> str:
+    """Return code, kinds and sizes of all that a program computes with."""
     model = program.model
     kinds = [f"{name}: {type(module).__name__}" for name, module in model.named_modules()]
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return kinds + [f"{name}: {list(value.shape)} {value.dtype}" for name, value in tensors]
+    sizes = [f"{name}: {list(value.shape)} {value.dtype}" for name, value in tensors]
+    return "\n".join([program.code, *kinds, *sizes])
 
 
 def _fill(program: Program, dense: Program) -> None:

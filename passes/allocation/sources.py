@@ -172,10 +172,9 @@ class SolvedSource:
         dense, cost = self._allocation.dense, self._allocation.cost
         if program is None:
             after = cost
-        elif cost.latency_ms is not None:
-            same = replace(after, latency_ms=cost.latency_ms) == cost
-            after = cost if same else replace(after, latency_ms=self._allocator.time_ms(program))
-        return replace(before, latency_ms=dense.latency_ms), after
+        elif dense.latency_ms is not None:
+            after = self._allocator.timed(after, program)
+        return (before if dense.latency_ms is None else dense), after
 
     def notes(self, before: Cost, after: Cost) -> list[str]:
         """Say how the choice came about and where the budget is not met."""

@@ -401,3 +401,14 @@ class Forgetful(Pass):
 
     def restore(self, model: nn.Module, change: Change) -> None:
         raise PlanError("cannot be undone")
+
+
+def test_a_guard_too_tight_for_any_choice_of_the_solver_says_what_was_given_up() -> None:
+    current = program()
+    x = torch.randn(3, 8)
+    before = current(x)
+    plan = solved(current, "60%", guard=Guard(max_drift=1e-5)).run(current)
+    assert torch.equal(current(x), before)
+    assert not plan.changes
+    assert "no change satisfies the guard (max_drift=1e-05): the model is unchanged" in plan.notes
+    assert given_up(plan)
