@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 from graphopt.passes.registry import pass_class, pass_names
 
-from .recipes import load_recipe, preset_names
+from .recipes import load_recipe, preset_description, preset_names
+
+_WIDTH_COLUMNS = 100
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,20 @@ class PassList:
         passes: For each pass: its name, one line about it, whether it is exact, whether its result
             must not be trained, and its options with their defaults.
         recipes: For each preset: its passes.
+        descriptions: For each preset: what it is for.
     """
 
     passes: tuple[dict[str, Any], ...]
     recipes: dict[str, list[str]]
+    descriptions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Return the list as plain data."""
-        return {"passes": list(self.passes), "recipes": self.recipes}
+        return {
+            "passes": list(self.passes),
+            "recipes": self.recipes,
+            "descriptions": self.descriptions,
+        }
 
     def __str__(self) -> str:
         """Return the list as text."""
@@ -38,7 +47,14 @@ class PassList:
             lines.append(f"    {entry['summary']}")
             lines += [f"    {name} = {value}" for name, value in entry["options"].items()]
         lines += ["", "recipes"]
-        lines += [f"    {name}: {', '.join(steps)}" for name, steps in self.recipes.items()]
+        for name, steps in self.recipes.items():
+            lines.append(f"    {name}: {', '.join(steps)}")
+            lines += textwrap.wrap(
+                self.descriptions[name],
+                _WIDTH_COLUMNS,
+                initial_indent=8 * " ",
+                subsequent_indent=8 * " ",
+            )
         return "\n".join(lines)
 
 
@@ -60,4 +76,5 @@ def describe_passes() -> PassList:
             }
         )
     recipes = {name: [step.name for step in load_recipe(name).passes] for name in preset_names()}
-    return PassList(tuple(entries), recipes)
+    descriptions = {name: preset_description(name) for name in preset_names()}
+    return PassList(tuple(entries), recipes, descriptions)

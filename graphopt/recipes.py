@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,7 @@ from graphopt.passes.registry import options_of, parse_pipeline, pass_names
 
 from .recipe_schema import PassSpec, Recipe, checked_recipe
 
-__all__ = ["PassSpec", "Recipe", "load_recipe", "preset_names"]
+__all__ = ["PassSpec", "Recipe", "load_recipe", "preset_description", "preset_names"]
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -31,6 +32,13 @@ def preset_names() -> tuple[str, ...]:
             if entry.name.endswith(".yaml")
         )
     )
+
+
+def preset_description(name: str) -> str:
+    """Return what a preset says about itself: the comment at its beginning, as one line."""
+    text = (resources.files(__package__) / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in comment)
 
 
 def load_recipe(source: str | Path | Iterable[str | Pass] | Recipe) -> Recipe:

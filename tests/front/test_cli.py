@@ -216,7 +216,11 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     assert names == compressing | folding | allocating | {"gate-tokens", "gate-layers"}
     assert isinstance(data["recipes"], dict)
     assert set(data["recipes"]) == {"deploy", "deploy-int8", "exact", "smallest", "train"}
-    assert "round_to = 8" in run("passes").stdout
+    assert isinstance(data["descriptions"], dict)
+    assert "as fast as the guard allows" in data["descriptions"]["deploy"]
+    text = run("passes").stdout
+    assert "round_to = 8" in text
+    assert "as fast as the guard allows" in " ".join(text.split())
 
 
 def test_a_sweep_shows_and_writes_what_accuracy_costs(source: Path, tmp_path: Path) -> None:
