@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["GramAccumulator"]
 
+_SUMS = ("total", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
+
 
 class GramAccumulator:
     """Sums `X^T X`, `X^T Y`, `Y^2` and the means of rows `X` and targets `Y`, batch by batch.
@@ -116,7 +118,7 @@ class GramAccumulator:
         repair absorb means in the bias.
         """
         mean = self.mean_x
-        return self._sum_xx / self._weight_seen() - torch.outer(mean, mean)
+        return (self._sum_xx / self._weight_seen()).addr_(mean, mean, alpha=-1)
 
     @property
     def cross_covariance(self) -> Tensor:
@@ -169,13 +171,13 @@ class GramAccumulator:
         Raises:
             ValueError: A tensor is missing or has another shape; the sums are then unchanged.
         """
-        mine = self.state_dict()
-        for name, tensor in mine.items():
+        mine = {name: getattr(self, f"_{name}") for name in _SUMS}
+        for name, tensor in {"count": torch.tensor(0), **mine}.items():
             if name not in state or state[name].shape != tensor.shape:
                 got = list(state[name].shape) if name in state else "nothing"
                 raise ValueError(
                     f"saved statistics: expected {name} {list(tensor.shape)}, got {got}"
                 )
         self.count = int(state["count"])
-        for name in mine.keys() - {"count"}:
-            getattr(self, f"_{name}").copy_(state[name])
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])

@@ -230,7 +230,7 @@ def _eliminations(
         cross = inverse[r][:, s]
         solved = torch.linalg.solve(inverse[s][:, s], torch.cat([cross.T, fitted[s]], dim=1))
         fitted = fitted[r].addmm_(cross, solved[:, r.numel() :], alpha=-1)
-        inverse = inverse[r][:, r].addmm_(cross, solved[:, : r.numel()], alpha=-1)
+        inverse = inverse[r[:, None], r].addmm_(cross, solved[:, : r.numel()], alpha=-1)
         alive = alive[left]
 
 
@@ -295,7 +295,9 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     """Add the ridge. A layer whose inputs never vary gets a unit ridge: any scale serves."""
     scale = gram.diagonal().mean()
     ridge = damping * torch.where(scale > 0, scale, torch.ones_like(scale))
-    return gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    result = gram.clone()
+    result.diagonal().add_(ridge)
+    return result
 
 
 def _inverse(gram: Tensor) -> Tensor:

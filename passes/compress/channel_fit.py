@@ -91,7 +91,7 @@ class ChannelFit:
                 self.program, first.inputs[0], first.unfold, place
             )
             statistics, weight = weighted.gram, weigh_outputs(weight, weighted.metric)
-        covariance = statistics.covariance[order][:, order]
+        covariance = statistics.covariance[order[:, None], order]
         return covariance, weight, len(order) // group.size
 
     def _fitted(self, group: ChannelGroup, contraction: Contraction, kept: list[int]) -> LinearFit:

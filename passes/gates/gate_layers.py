@@ -8,7 +8,7 @@ or:     x = x                            the parameters of f are gone
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -32,6 +32,7 @@ from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import attribute_of, facts_of, total_cost
 from graphopt.passes.lazy_branches import make_lazy, only_for
 from graphopt.passes.program import Program
+from graphopt.passes.region_times import region_workload
 from graphopt.passes.tokens import Region, residual_stream
 
 from .block_influence import block_influences
@@ -154,7 +155,10 @@ class GateLayers(Pass):
         if context.training and not self.remove:
             return self.propose(program, context)
         free, misses = self._removable(program, context, list(residual_blocks(program)))
-        candidates = [self._removal(program, block, freed, "removed") for block, freed in free]
+        candidates = [
+            _timed(program, context, block, self._removal(program, block, freed, "removed"))
+            for block, freed in free
+        ]
         if not candidates and not misses:
             reason = residual_stream(program).reason or "its blocks have no parameters"
             misses = [self._miss("(model)", reason)]
@@ -302,6 +306,22 @@ class GateLayers(Pass):
                 f"{item.name} {claim}" for item in freed for claim in ("structure", "format")
             ),
         )
+
+
+def _timed(
+    program: Program, context: Context, block: ResidualBlock, candidate: Candidate
+) -> Candidate:
+    """Return the removal of a block with the time that the block takes alone."""
+    if context.costs is None:
+        return candidate
+    region = block.region
+    work = region_workload(program, [*only_for(region.add, region.entry), region.add])
+    latency_ms = context.costs.latency(work, training=context.training).latency_ms
+    return replace(
+        candidate,
+        before=replace(candidate.before, latency_ms=latency_ms),
+        after=replace(candidate.after, latency_ms=0.0),
+    )
 
 
 def _skip_refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from graphopt.passes.calibration import Calibration
 from graphopt.passes.loss_model import LossModel
 from graphopt.passes.program import Program
 from graphopt.passes.registry import pass_named
+from graphopt.passes.weighted_statistics import grouped
 
 Batches = list[dict[str, Any]]
 Chosen = tuple[Pass, Candidate]
@@ -267,3 +269,18 @@ def test_progress_is_told_about_sweeps_and_a_store_saves_them(tmp_path: Any) -> 
         losses.estimate(step, step.offer(program, context).candidates[0])
     assert told[0] == [(1, 1), (1, 1)]
     assert told[1] == []
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stands for statistics of some size."""
+
+    size_bytes: int
+
+
+def test_statistics_in_memory_take_a_given_room_beside_the_largest() -> None:
+    parts = [Part(size) for size in (3, 1, 4, 1, 5, 9, 2, 6)]
+    groups = list(grouped(parts, 4))
+    assert [part for group in groups for part in group] == parts
+    assert all(sum(part.size_bytes for part in group) <= 4 + 9 for group in groups)
+    assert len(groups) == 3

@@ -11,6 +11,8 @@ from zoo import find_case, without_dropout
 from graphopt.capture import capture
 from graphopt.passes.base import Candidate, Context, Pass, set_tensor
 from graphopt.passes.calibration import Calibration
+from graphopt.passes.compress.levels import slower
+from graphopt.passes.costs import Costs
 from graphopt.passes.manager import load_state
 from graphopt.passes.program import Program
 from graphopt.passes.registry import pass_named
@@ -89,3 +91,34 @@ def test_reconstructed_parameters_compute_what_the_change_makes(
         assert max(errors) <= bound, candidate.change.target
         most = max(most, *moved)
     assert most > 100 * bound
+
+
+def test_the_time_of_a_removed_block_is_measured_once_for_equal_blocks() -> None:
+    program, _ = captured("bert-classifier")
+    context = Context(costs=Costs(budget_s=0.001))
+    found = pass_named("gate-layers").offer(program, context).candidates
+    times = [candidate.before.latency_ms or 0.0 for candidate in found]
+    assert all(candidate.after.latency_ms == 0 for candidate in found)
+    assert min(times) > 0
+    assert times[:2] == times[2:]
+
+
+def test_levels_that_are_slower_are_named_with_their_ratios() -> None:
+    assert slower([("rank 8", 0.5)]) == "rank 8 measured 0.50x, not offered"
+    found = slower([("rank 32", 0.9), ("rank 16", 0.7), ("rank 8", 0.8)])
+    assert found == "rank 32 to rank 8 measured 0.70x to 0.90x, not offered"
+
+
+def test_claims_let_pruning_share_what_factors_take_alone() -> None:
+    program, _ = captured("bert-classifier")
+    prune, factorize = (
+        pass_named(name).offer(program, Context()).candidates
+        for name in ("prune-channels", "factorize-low-rank")
+    )
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    pruned = [item for item in prune if f"{name} structure" in item.shared]
+    factors = [item for item in factorize if f"{name} structure" in item.exclusive]
+    assert {item.change.target for item in pruned} == {name}
+    assert {item.change.target for item in factors} == {name.removesuffix(".weight")}
+    assert all(f"{name} format" in item.exclusive for item in factors)
+    assert not any(item.exclusive for item in pruned)
