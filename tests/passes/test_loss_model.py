@@ -283,4 +283,4 @@ def test_statistics_in_memory_take_a_given_room_beside_the_largest() -> None:
     groups = list(grouped(parts, 4))
     assert [part for group in groups for part in group] == parts
     assert all(sum(part.size_bytes for part in group) <= 4 + 9 for group in groups)
-    assert len(groups) == 3
+    assert len(groups) == 4
