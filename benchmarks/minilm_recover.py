@@ -137,7 +137,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Time for recovery.")] = 15.0,
     texts: Annotated[int, typer.Option(help="Calibration texts.")] = 256,
     rows: Annotated[int, typer.Option(help="Full rows in a batch.")] = 8,
-    learning_rate: Annotated[float, typer.Option()] = 3e-4,
+    learning_rate: Annotated[float, typer.Option()] = 5e-4,
     layerwise: Annotated[float, typer.Option(help="Share of the time for blocks alone.")] = 0.15,
     autocast: Annotated[str, typer.Option(help="bfloat16, or float32 for none.")] = "bfloat16",
     store: Annotated[Path | None, typer.Option(help="Directory to resume from.")] = None,

@@ -41,7 +41,7 @@ def recover(
     steps: int | None = None,
     held_out: Any = None,
     score: Callable[[nn.Module], float] | None = None,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 5e-4,
     layerwise: float = 0.15,
     autocast: torch.dtype | None = None,
     seed: int = 0,
@@ -55,17 +55,17 @@ def recover(
         model = graphopt.optimize(dense, batch, recipe="deploy")
         model = graphopt.recover(model, dense, loader, minutes=15)
 
-    The loss is the squared relative error of the outputs that are read (padding does not count)
-    and of the hidden values of all blocks that both models have, by name. In the first part of the
-    time every block reads what the dense blocks before it give, so all of them learn side by side
-    what they lost; in the rest each reads what the cheap ones give. AdamW, gradients clipped to
-    norm 1; the learning rate rises for the first 5 % of the time and falls to 0 at its end. Both
-    models run in evaluation mode: no dropout, running statistics stay. The guard's measure of the
-    outputs (drift, or the user's score) is taken on held-out batches about 20 times, and the best
-    weights are kept: the result is never worse than the model that came, by that measure. After a
-    fifth of the time without improvement the best weights are gone back to and the learning rate
-    is a third; the third time it ends early. `training.recovery_of(result)` tells all, a note in
-    the plan the outcome.
+    The loss is the squared relative error of the outputs that are read (padding does not count) and
+    of the hidden values of all blocks that both models have, by name. In the first part of the time
+    every block reads what the dense blocks before it give, so all of them learn side by side what
+    they lost; in the rest each reads what the cheap ones give. Muon moves the matrices of layers,
+    AdamW everything else, gradients clipped to norm 1; the learning rate rises for the first 5 % of
+    the time and falls to 0 at its end. Both models run in evaluation mode: no dropout, running
+    statistics stay. The guard's measure of the outputs (drift, or the user's score) is taken on
+    held-out batches about 20 times, and the best weights are kept: the result is never worse than
+    the model that came, by that measure. After a fifth of the time without improvement the best
+    weights are gone back to and the learning rate is a third; the third time it ends early.
+    `training.recovery_of(result)` tells all, a note in the plan the outcome.
 
     Quantized layers are trained as float ones that compute with their weight rounded (gradients
     pass straight through), and are rounded again at the end.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,28 +100,21 @@ class RecoveryLoop:
         self._student, self._teacher = student, teacher
         self._batches, self._examined = batches, examined
         self._parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=self._settings.learning_rate,
-            weight_decay=0.0,
-            fused=all(p.device.type in ("cpu", "cuda") for p in self._parameters.values()),
-        )
+        self._optimizers = _optimizers(student, self._parameters.values())
         self._sites = self._matched()
         self._best = self._copied()
         self._before = self._after = self._judgement()
         self._prepared_at = self._spent()
         self._judged_at = (self._prepared_at, 0)
         if self._settings.store is not None and (self._settings.store / STATE_FILE).exists():
-            load_training(
-                self._settings.store, model=student, optimizer=self._optimizer, recovery=self
-            )
+            load_training(self._settings.store, model=student, recovery=self, **self._optimizers)
         try:
             stopped = self._train()
         except KeyboardInterrupt:
             stopped = "interrupted"
             self._save()
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
             self._restore_best()
         return RecoveryReport(
             before=self._before,
@@ -199,19 +192,21 @@ class RecoveryLoop:
         share = self._share()
         self._sites.alone = share < settings.layerwise
         rate = settings.learning_rate * _SLOWER**self._returns * warmup_linear(share)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         with torch.enable_grad(), self._sites.watched(outputs.real(batch)) as errors:
             with self._precision():
                 with torch.no_grad():
                     wanted = outputs.call(self._teacher, batch)
                 found = outputs.call(self._student, batch)
             loss = self._loss(outputs.error(found, wanted, batch), errors)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), _GRADIENT_NORM)
         if torch.isfinite(norm):  # a step on a batch that overflowed would spoil all weights
-            self._optimizer.step()
+            for optimizer in self._optimizers.values():
+                optimizer.step()
         self._steps += 1
         self._losses.append(loss.item())
 
@@ -265,7 +260,8 @@ class RecoveryLoop:
         elif self._is_stale() and self._returns < _RETURNS:
             self._returns += 1
             self._improved_at = self._share()
-            self._optimizer.state.clear()
+            for optimizer in self._optimizers.values():
+                optimizer.state.clear()
             self._restore_best()
 
     def _judging_due(self) -> bool:
@@ -314,11 +310,12 @@ class RecoveryLoop:
     def _save(self) -> None:
         if self._settings.store is not None:
             save_training(
-                self._settings.store,
-                model=self._student,
-                optimizer=self._optimizer,
-                recovery=self,
+                self._settings.store, model=self._student, recovery=self, **self._optimizers
             )
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _restore_best(self) -> None:
         with torch.no_grad():
@@ -327,3 +324,31 @@ class RecoveryLoop:
 
     def _copied(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._parameters.items()}
+
+
+def _optimizers(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
+    """Return Muon for the matrices of layers, and AdamW for tables, norms, biases and kernels.
+
+    Both move weights by about the learning rate times 0.2 (root mean square), so one rate serves.
+
+    Source: Jordan et al., Muon, 2024; Liu et al., Muon is Scalable for LLM Training, 2025.
+    """
+    tables = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        for weight in module.parameters()
+    }
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for item in parameters:
+        (matrices if item.dim() == 2 and id(item) not in tables else others).append(item)
+    made: dict[str, Any] = {}
+    if matrices:
+        made["matrices"] = torch.optim.Muon(
+            matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+    if others:
+        fused = all(item.device.type in ("cpu", "cuda") for item in others)
+        made["others"] = torch.optim.AdamW(others, weight_decay=0.0, fused=fused)
+    return made
