@@ -31,7 +31,9 @@ def draw(
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(costs, errors, marker="o", label="solver")
-    axes.plot([dense], [0.0], marker="s", linestyle="none", color="black", label="dense", clip_on=False)
+    axes.plot(
+        [dense], [0.0], marker="s", linestyle="none", color="black", label="dense", clip_on=False
+    )
     axes.set_xlabel(cost_label)
     axes.set_ylabel("relative error of the outputs")
     axes.set_xlim(left=0)
