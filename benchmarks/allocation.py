@@ -198,12 +198,13 @@ def _errors(setting: Setting, optimized: nn.Module) -> tuple[float, float]:
     with torch.no_grad():
         for batch in setting.held_out:
             real = batch["attention_mask"].bool()
-            wanted = setting.dense(**batch).last_hidden_state[real].double()
-            found = optimized(**batch).last_hidden_state[real].double()
-            wrong += (found - wanted).square().sum().item()
-            right += wanted.square().sum().item()
-    pair = (embeddings(model, setting.held_out) for model in (setting.dense, optimized))
-    return (wrong / right) ** 0.5, torch.cosine_similarity(*pair).mean().item()
+            dense = setting.dense(**batch).last_hidden_state[real].double()
+            states = optimized(**batch).last_hidden_state[real].double()
+            wrong += (states - dense).square().sum().item()
+            right += dense.square().sum().item()
+    wanted = embeddings(setting.dense, setting.held_out)
+    found = embeddings(optimized, setting.held_out)
+    return (wrong / right) ** 0.5, torch.cosine_similarity(found, wanted).mean().item()
 
 
 if __name__ == "__main__":
