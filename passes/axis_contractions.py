@@ -76,6 +76,15 @@ def linear(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     return flow.broadcast([result, flow.dims(a["bias"])])
 
 
+@rule("quantized_linear")
+def quantized_linear(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
+    """Map [rows, in] with integers [out, in] to [rows, out]; both keep their size."""
+    rows, width = flow.dims(a["x"])
+    reason = f"meets the integers of {flow.where(node)}"
+    flow.pin((width, *flow.dims(a["codes"])), reason)
+    return rows, flow.new_dim(value_of(node).shape[1], reason)
+
+
 @rule("mm", "matmul", "bmm", "mv", "dot", "vdot", "inner")
 def matmul(flow: Flow, node: fx.Node, a: Arguments) -> Terms:
     """Multiply [..., n, k] by [..., k, m]; either side may be a vector."""

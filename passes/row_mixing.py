@@ -144,6 +144,14 @@ def _linear(node: fx.Node, a: Arguments) -> Mixed | None:
     return {**_whole(node, a["input"]), a["input"]: frozenset({last})}
 
 
+@_rule("quantized_linear")
+def _quantized_linear(node: fx.Node, a: Arguments) -> Mixed | None:
+    """Contract the last dimension of rows with a weight; one scale for all rows mixes them too."""
+    if a["activations"] == "dynamic-tensor":
+        return None
+    return {**_whole(node, a["x"]), a["x"]: frozenset({1})}
+
+
 @_rule("mm", "matmul", "bmm", "addmm", "baddbmm")
 def _product(node: fx.Node, a: Arguments) -> Mixed | None:
     """Contract the last dimension of one operand with the last but one of the other."""

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .axes import axes_of
-from .axis_flow import Terms, tensor_nodes, tensors_of
+from .axis_flow import Terms, operator_name, tensor_nodes, tensors_of
 from .axis_terms import Product, Term, atoms, normal
 from .program import Program, shape_of
 from .row_mixing import mixed_dims
@@ -288,7 +288,7 @@ class _Walk:
         """A leaf call is rowwise if all that its own graph does with rows is."""
         apart = call in self._outputs and None not in self._outputs[call]
         for node in body.nodes:
-            if node.op == "output":
+            if node.op == "output" or _is_size_of_views(node):
                 continue
             self._locate(node)
             reads = any(item in self._carriers for item in tensor_nodes(node))
@@ -313,6 +313,13 @@ class _Walk:
                 if any(_loses(place, found) for found in places if found is not None):
                     return False
         return True
+
+
+def _is_size_of_views(node: fx.Node) -> bool:
+    """Say whether a node reads a size that only views take, so that they follow other sizes."""
+    return node.target is torch.ops.aten.sym_size.int and all(
+        operator_name(user) in ("view", "reshape", "_unsafe_view") for user in node.users
+    )
 
 
 def _place(roles: list[str]) -> Place | None:
