@@ -79,6 +79,11 @@ class Guard:
         if not _number(self.max_drop, "max_drop") >= 0:
             raise ConfigError(f"max_drop must be at least 0, got {self.max_drop!r}")
 
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether outputs are compared with the dense model's, not a score alone."""
+        return self.max_drift is not None or self.min_cosine is not None
+
     def prepare(self, program: Program, batches: Iterable[Mapping[str, Any]]) -> GuardCheck:
         """Remember what the dense program does.
 

@@ -39,6 +39,9 @@ __all__ = ["PassManager", "Progress", "apply_plan", "bisect", "load_state"]
 
 _logger = logging.getLogger(__name__)
 
+_WEAKER = 2
+"""Weaker levels of a change that are tried where the guard refuses it, each of half the drift."""
+
 Progress = Callable[[str, int, int], None]
 """Called with a label, steps done and steps in all."""
 
@@ -90,6 +93,7 @@ class PassManager:
         if current is not program:
             for step in self.passes:
                 step.note_unread(current)
+            self._set_units(current)
         source = self._source(program, before)
         claimed: dict[str, str] = {}
         steps = self._runnable(program)
@@ -123,6 +127,7 @@ class PassManager:
         before = total_cost(program)
         for step in self.passes:
             step.note_unread(program)
+        self._set_units(program)
         source = self._source(program, before)
         verifier = Verifier(program, training=self.context.training) if self.verify else None
         check = self._guard_check(program)
@@ -139,7 +144,7 @@ class PassManager:
             snapshot = Snapshot(program)
             accepted = len(self._changes)
             try:
-                self._make(step, proposal, context, rewriting, optional=source.optional)
+                self._make(step, proposal, context, rewriting, source)
                 if len(self._changes) == accepted:
                     continue
                 if verifier is None:
@@ -164,6 +169,10 @@ class PassManager:
             self._verdict = check.record(check.check(program))
         before, after = source.totals(before, total_cost(program), program)
         return self._plan(program, before, after, source.notes(before, after))
+
+    def _set_units(self, program: Program) -> None:
+        """Let losses be in the units of what the guard allows."""
+        program.compares_outputs = self.guard is not None and self.guard.compares_outputs
 
     def _source(self, program: Program, dense: Cost) -> Source:
         """Return where the changes come from.
@@ -245,13 +254,20 @@ class PassManager:
         proposal: Proposal,
         context: Context,
         rewriting: Rewriting,
-        *,
-        optional: bool,
+        source: Source,
     ) -> None:
         for number, candidate in enumerate(proposal.candidates):
             if self._is_full():
                 break
-            made = rewriting.make(step, candidate, context, optional=optional and not step.exact)
+            optional = source.optional and not step.exact
+            made = rewriting.make(step, candidate, context, optional=optional)
+            weaker: Candidate | None = candidate
+            for _ in range(_WEAKER):
+                refused = isinstance(made, Miss) and made.reason.startswith(GIVEN_UP)
+                weaker = source.milder(weaker) if refused and weaker is not None else None
+                if weaker is None:
+                    break
+                made = rewriting.make(step, weaker, context, optional=optional)
             if isinstance(made, Miss):
                 self._misses.append(miss_record(made))
             else:

@@ -70,7 +70,7 @@ def objective_of(program: Program, calls: Sequence[Sequence[Tensor]]) -> Objecti
         program: The program; run in the mode it is in.
         calls: Input tensors of a few calls.
     """
-    position = _loss_position(program)
+    position = None if program.compares_outputs else _loss_position(program)
     if position is not None:
         return Objective((position,), (1.0,), True, _label_input(program, position))
     positions = _readable_outputs(program)

@@ -78,6 +78,8 @@ class Program:
         ranges: Smallest and largest value of a dynamic size, by its symbol, where it is limited.
         padding: Name of the input that marks padding, where somebody said so; None finds it.
         unread_outputs: Positions of the output tensors that nobody reads: they may be anything.
+        compares_outputs: Whether changes are judged by the outputs even where the model gives its
+            own loss.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Program:
         self.ranges = ranges
         self.padding: str | None = None
         self.unread_outputs: frozenset[int] = frozenset()
+        self.compares_outputs = False
         self._call_facts: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._function: Callable[..., Any] | None = None

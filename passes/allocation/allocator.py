@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graphopt.passes.base import Context, Cost, Miss, Pass
+from graphopt.passes.base import Candidate, Context, Cost, Miss, Pass
 from graphopt.passes.budget import Budget, Resource, spent
 from graphopt.passes.errors import ConfigError
 from graphopt.passes.guard import GIVEN_UP, Guard
@@ -122,6 +122,15 @@ class Allocator:
             cost=choice.cost,
             loss=choice.loss,
         )
+
+    def milder(self, candidate: Candidate) -> Candidate | None:
+        """Return the strongest offer for the same target that is expected to drift half as much."""
+        same = [o for o in self._offers if owner_of(o.offered) == owner_of(candidate)]
+        found = next((o.candidate.loss for o in same if o.offered == candidate), None)
+        if found is None:
+            return None
+        weaker = [o for o in same if (o.candidate.loss or 0.0) <= found / 4]
+        return max(weaker, key=lambda o: o.candidate.loss or 0.0).offered if weaker else None
 
     def solve(self, budget: Budget) -> Choice:
         """Return the choice for a budget with its loss measured, without swaps."""

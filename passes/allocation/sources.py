@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from graphopt.passes.base import Context, Cost, Miss, Pass, Proposal
+from graphopt.passes.base import Candidate, Context, Cost, Miss, Pass, Proposal
 from graphopt.passes.budget import Budget, spent
 from graphopt.passes.errors import ConfigError
 from graphopt.passes.guard import Guard
@@ -32,6 +32,10 @@ class Source(Protocol):
             program: The program as it is now.
             flops: What its forward costs now, or would if planned changes had been made.
         """
+        ...
+
+    def milder(self, candidate: Candidate) -> Candidate | None:
+        """Return what to try where the guard refuses a candidate, None if nothing is left."""
         ...
 
     def totals(self, before: Cost, after: Cost, program: Program | None) -> tuple[Cost, Cost]:
@@ -87,6 +91,10 @@ class UniformSource:
                 miss = Miss(pass_name=step.name, target="(model)", reason=reason)
                 return Proposal(misses=(miss,)), context
         return step.propose(program, context), context
+
+    def milder(self, candidate: Candidate) -> Candidate | None:
+        """Return nothing: all places bear the same."""
+        return None
 
     def totals(self, before: Cost, after: Cost, program: Program | None) -> tuple[Cost, Cost]:
         """Return the costs as they are."""
@@ -164,6 +172,10 @@ class SolvedSource:
             self._reported.add(step.name)
             misses = [m for m in self._allocation.misses if m.pass_name == step.name]
         return Proposal(candidates=tuple(chosen), misses=tuple(misses)), self.context
+
+    def milder(self, candidate: Candidate) -> Candidate | None:
+        """Return a weaker level of what was chosen for this target."""
+        return None if self._allocator is None else self._allocator.milder(candidate)
 
     def totals(self, before: Cost, after: Cost, program: Program | None) -> tuple[Cost, Cost]:
         """Return the costs, with times where the budget is one of time."""

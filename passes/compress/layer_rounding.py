@@ -42,7 +42,12 @@ class LayerRounding:
 
 
 def round_layer(
-    program: Program, change: Change, context: Context, *, compensate: bool, smooth: float
+    program: Program,
+    change: Change,
+    context: Context,
+    *,
+    compensate: bool,
+    smooth: float,
 ) -> LayerRounding:
     """Round a layer as a change says.
 
@@ -103,7 +108,7 @@ class _Fit:
             state[f"{name}.bias"] = self.bias.to(layer.bias.dtype)
         if details.activations == "static":
             assert self.inputs is not None
-            low, high = map(torch.tensor, self.inputs.clipped_range())
+            low, high = map(torch.tensor, self.inputs.range())
             scale, zero_point = range_code(low, high)
             state[f"{name}.input_scale"] = scale.to(self.scales.device)
             state[f"{name}.input_zero_point"] = zero_point.to(self.scales.device, torch.uint8)

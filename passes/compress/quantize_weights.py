@@ -58,7 +58,7 @@ class QuantizeWeights(Pass):
 
     The weight's scales are those of the smallest error. With calibration data its integers make up
     for each other's rounding (GPTQ, arXiv 2210.17323), the bias for the mean error, static ranges
-    of inputs are those of the smallest error, and where a norm before the layer allows it, outliers
+    of inputs cover all that was seen, and where a norm before the layer allows it, outliers
     of the inputs move into the weights (SmoothQuant, arXiv 2211.10438) if that makes the predicted
     error smaller. Output heads, embeddings and tied layers stay dense. Where times are measured,
     only layers that are faster are kept. Operations stay as many: integers are counted as floats.
@@ -223,7 +223,12 @@ class QuantizeWeights(Pass):
         return layers, misses
 
     def _candidate(
-        self, program: Program, context: Context, name: str, layer: LinearLayer, scheme: Scheme
+        self,
+        program: Program,
+        context: Context,
+        name: str,
+        layer: LinearLayer,
+        scheme: Scheme,
     ) -> tuple[Candidate, float | None]:
         """Return a candidate, and how many times faster it measured, None if it was not."""
         before = facts_of(program).cost(program.calls(name))
