@@ -262,6 +262,21 @@ def test_float64_arithmetic_shows_rounding_errors() -> None:
     assert 1e-8 < (plain - exact).abs().max() < 1e-5
 
 
+def test_norms_are_compared_where_layers_round_to_integers() -> None:
+    expected = torch.tensor([1.0, -4.0, 2.0, 0.5])
+
+    def failure(actual: Tensor, integer_roundoff: float) -> str | None:
+        found = compare("y", {}, actual, expected, expected.double(), 2.0**-24, integer_roundoff)
+        return found.failure
+
+    offset = torch.tensor([0.0, 0.0, 1.0, 0.0]) * expected.norm() * 2.0**-8
+    assert failure(expected + 15 * offset, 2.0**-8) is None
+    assert failure(expected + 17 * offset, 2.0**-8) is not None
+    assert failure(expected + 63 * offset, 2.0**-5) is None
+    assert failure(expected + 65 * offset, 2.0**-5) is not None
+    assert failure(expected + offset, 0.0) is not None
+
+
 def test_bound_of_a_comparison() -> None:
     expected = torch.tensor([1.0, -4.0, float("nan"), float("inf")])
     exact = expected.double()
