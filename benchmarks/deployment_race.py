@@ -71,6 +71,7 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts of each set that quality is measured on.")] = (
         256
     ),
+    calibration_texts: Annotated[int, typer.Option(help="Texts to calibrate on.")] = 128,
     quick: Annotated[bool, typer.Option(help="Few texts and turns, one batch size.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of every runtime.")] = 2,
     output: Annotated[Path, typer.Option(help="CSV file to add rows to.")] = (
@@ -84,7 +85,7 @@ def main(
     if quick:
         batches, turns, texts = "8", 5, 64
     dense = AutoModel.from_pretrained(model).eval()
-    sets = input_sets(data, model, texts, 64 if quick else 256)
+    sets = input_sets(data, model, texts, 64 if quick else calibration_texts)
     with tempfile.TemporaryDirectory() as folder:
         for inputs in sets:
             if inputs.name not in only.split(","):

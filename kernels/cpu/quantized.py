@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..derived import derived
-from ..quantized_inputs import TINIEST, range_code
-from ..quantized_weights import unpack_integers
+from graphopt.kernels.derived import derived
+from graphopt.kernels.quantized_inputs import TINIEST, range_code
+from graphopt.kernels.quantized_weights import unpack_integers
 
 _CENTER = 128
 """The unsigned integer that stands for 0 where inputs are symmetric."""

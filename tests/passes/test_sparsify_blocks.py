@@ -410,7 +410,7 @@ def test_the_command_line_optimizes_by_a_recipe_file(tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    report = CliRunner().invoke(app, ["report", str(tmp_path / "sparse")])
+    report = CliRunner().invoke(app, ["report", str(tmp_path / "sparse"), "--json"])
     assert "units reordered" in report.stdout
     loaded = graphopt.load(tmp_path / "sparse")
     sparse = [module for module in loaded.modules() if isinstance(module, BlockSparseLinear)]
