@@ -48,6 +48,7 @@ def compare_sizes(
         candidate_ms=candidate_ms,
         ratio=dense_ms / candidate_ms,
         source=weaker(*(item.source for item in times)),
+        decided=any(item.decided for item in times),
     )
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -76,8 +76,7 @@ class Costs:
             candidate: Runs what would take its place once, in torch.
         """
         key = f"{TorchRunner(self.device).environment()} | {key} [compared]"
-        times = self._cache.get(key, 3, lambda: self._turns(dense, candidate))
-        return Comparison(dense_ms=times[0], candidate_ms=times[1], ratio=times[2])
+        return _comparison(self._cache.get(key, 5, lambda: self._turns(dense, candidate)))
 
     def compare_modules(
         self,
@@ -152,10 +151,8 @@ class Costs:
             with _random_numbers_kept(self.device):
                 return self._turns(dense(), candidate())
 
-        found = self._measured(f"{key} [compared]", 3, times)
-        if found is None:
-            return None
-        return Comparison(dense_ms=found[0], candidate_ms=found[1], ratio=found[2])
+        found = self._measured(f"{key} [compared]", 5, times)
+        return None if found is None else _comparison(found)
 
     def latency(self, work: Workload, *, training: bool) -> Estimate:
         """Return the median time of one workload alone; arguments as in `compare`."""
@@ -224,7 +221,15 @@ class Costs:
     def _turns(self, dense: Callable[[], Any], candidate: Callable[[], Any]) -> list[float]:
         turns = interleaved_ms((dense, candidate), self.device, self._budget_s)
         ratios = [first / second for first, second in zip(*turns, strict=True)]
-        return [*map(median, turns), median(ratios)]
+        low, middle, high = quantiles(ratios, n=4)
+        return [*map(median, turns), middle, low, high]
+
+
+def _comparison(times: Sequence[float]) -> Comparison:
+    """Return medians of the dense part and the candidate, and the quartiles of their ratio."""
+    dense_ms, candidate_ms, ratio, low, high = times
+    decided = not low <= 1 <= high
+    return Comparison(dense_ms=dense_ms, candidate_ms=candidate_ms, ratio=ratio, decided=decided)
 
 
 def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:

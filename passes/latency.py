@@ -26,12 +26,20 @@ class Comparison:
         candidate_ms: Median time of the candidate; infinity where only the dense part runs.
         ratio: Median over the turns of dense / candidate; above 1 the candidate is faster.
         source: Where the times come from.
+        decided: Whether the turns agree on which one is faster: False where the middle half of
+            their ratios has 1 inside, as for parts so small that mostly overhead is timed.
     """
 
     dense_ms: float
     candidate_ms: float
     ratio: float
     source: Source = "measured"
+    decided: bool = True
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the turns agree that the candidate is no faster."""
+        return self.decided and self.ratio <= 1
 
 
 def predicted(dense_ms: float, candidate_ms: float) -> Comparison:

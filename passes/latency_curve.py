@@ -44,6 +44,7 @@ class LatencyCurve:
         self._sizes = [*sizes, dense]
         self._shares = [*_increasing([p.candidate_ms / p.dense_ms for p in points]), 1.0]
         self._sources: list[Source] = [*(point.source for point in points), "measured"]
+        self._decided = [*(point.decided for point in points), True]
 
     def __call__(self, size: int) -> Comparison:
         """Return the times at a size; outside the measured sizes those of the nearest one."""
@@ -61,6 +62,7 @@ class LatencyCurve:
             candidate_ms=self._dense_ms * share,
             ratio=1 / share,
             source=source,
+            decided=self._decided[left] and self._decided[right],
         )
 
 

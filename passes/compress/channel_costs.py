@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from graphopt.passes.axes import ChannelGroup
 from graphopt.passes.base import Candidate, Change, Cost
@@ -34,6 +35,9 @@ def candidate_of(
     facts = facts_of(program)
     nodes = dict.fromkeys(node for member in group.members for node in member.nodes)
     before = facts.cost(node for node in nodes if node in facts.nodes)
+    # Operations between the members, as attention between its projections, shrink with them.
+    through = flops_with(program, {}) - flops_with(program, {group.axis: 0})
+    before = replace(before, flops=through)
     later = {**earlier, group.axis: size}
     saved = flops_with(program, earlier) - flops_with(program, later)
     removed = parameters_with(program, earlier) - parameters_with(program, later)
@@ -57,7 +61,7 @@ def candidate_of(
     )
 
 
-def measured(
+def timed(
     program: Program,
     group: ChannelGroup,
     candidate: Candidate,
@@ -65,14 +69,18 @@ def measured(
     *,
     training: bool,
 ) -> tuple[Candidate, float | None]:
-    """Return the candidate with its times, and how many times faster it is, None if unknown."""
+    """Return the candidate with its times and, if it is no faster, dense over its time.
+
+    Fewer channels run the same operations on less, so where the turns do not agree, as on layers
+    so small that overhead is all they take, the candidate stands.
+    """
     size = int(candidate.change.details["count"])
     times = None
     if costs is not None:
         times = compare_sizes(program, group, size, costs, training=training)
     if times is None:
         return candidate, None
-    return candidate.timed(times), times.ratio
+    return candidate.timed(times), times.ratio if times.is_slower else None
 
 
 def levels_of(group: ChannelGroup, step: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import nn
 from graphopt.passes.axes import ChannelGroup, axes_of
 from graphopt.passes.axis_sizes import attributes_with, resize_arguments
 from graphopt.passes.base import Candidate, Change, Context, Miss, Pass, Proposal, State
-from graphopt.passes.compress.channel_costs import candidate_of, levels_of, measured, target_of
+from graphopt.passes.compress.channel_costs import candidate_of, levels_of, target_of, timed
 from graphopt.passes.compress.channel_fit import ChannelFit, consumers
 from graphopt.passes.compress.channel_slices import (
     set_everywhere,
@@ -97,14 +97,14 @@ class PruneChannels(Pass):
                     continue
                 smaller = {g.axis: sizes[g.axis] for g in groups[: groups.index(group)]}
                 size = sizes[group.axis]
-                candidates[group.axis], ratio = measured(
+                candidates[group.axis], ratio = timed(
                     program,
                     group,
                     candidate_of(self.name, program, group, smaller, size),
                     context.costs,
                     training=context.training,
                 )
-                if ratio is not None and ratio <= 1:
+                if ratio is not None:
                     text = f"{size} of {group.size} {group.kind} measured {ratio:.2f}x"
                     misses.append(self._miss(group, f"{text}, kept as it is"))
                     groups.remove(group)
@@ -127,14 +127,14 @@ class PruneChannels(Pass):
                 continue
             refused: list[tuple[str, float]] = []
             for size in levels_of(group, self._step(group)):
-                candidate, ratio = measured(
+                candidate, ratio = timed(
                     program,
                     group,
                     candidate_of(self.name, program, group, {}, size),
                     context.costs,
                     training=context.training,
                 )
-                if ratio is None or ratio > 1:
+                if ratio is None:
                     candidates.append(candidate)
                 else:
                     refused.append((f"{size} of {group.size} {group.kind}", ratio))

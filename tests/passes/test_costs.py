@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,16 @@ def test_equal_work_is_equally_fast() -> None:
     dense, _ = _layers()
     found = Costs().compare_modules(dense, dense, ROWS, torch.float32, training=False)
     assert 0.5 < found.ratio < 2
+
+
+@pytest.mark.parametrize(("pauses_ms", "decided"), [((3, 3), True), ((4, 1), False)])
+def test_turns_that_disagree_decide_nothing(pauses_ms: tuple[int, int], decided: bool) -> None:
+    pauses = itertools.cycle(pauses_ms)
+    found = Costs(budget_s=0.01).measure(
+        str(pauses_ms), lambda: time.sleep(2e-3), lambda: time.sleep(1e-3 * next(pauses))
+    )
+    assert found.decided == decided
+    assert found.is_slower == decided
 
 
 def test_training_step_takes_longer_than_inference() -> None:

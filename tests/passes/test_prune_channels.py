@@ -262,6 +262,34 @@ def test_what_measures_slower_is_kept() -> None:
     assert text.endswith("hidden units measured 0.50x, kept as it is")
 
 
+class Undecided(Costs):
+    """Times that do not tell which one is faster, as of layers that are all overhead."""
+
+    def compare(self, *args: Any, **kwargs: Any) -> Comparison:
+        found = super().compare(*args, **kwargs)
+        time_ms = found.dense_ms
+        return Comparison(dense_ms=time_ms, candidate_ms=time_ms, ratio=1.0, decided=False)
+
+
+def test_what_times_cannot_tell_apart_is_pruned() -> None:
+    plan = pruned(program_of("sequential"), budget=0.6, costs=Undecided(budget_s=0.001))
+    assert [change.target for change in plan.changes] == ["0.weight"]
+
+
+def test_costs_of_heads_count_the_attention_between_their_projections() -> None:
+    case = find_case("bert")
+    args, kwargs = case.call(1, 60)
+    program = capture(without_dropout(case.build()), kwargs or args)
+    before = total_cost(program).flops
+    offers = PruneChannels(round_to=1).offer(program, Context()).candidates
+    least = min((c for c in offers if "heads" in c.change.summary), key=lambda c: c.after.flops)
+    assert 0 < least.after.flops < least.before.flops <= before
+    plan = pruned(program, PruneChannels(share=0.5))
+    saved = sum(change.before.flops - change.after.flops for change in plan.changes)
+    assert any("heads" in change.summary for change in plan.changes)
+    assert before - total_cost(program).flops == saved
+
+
 def test_what_measures_faster_is_pruned_with_its_times() -> None:
     model = nn.Sequential(nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 64))
     program = capture(model, torch.randn(64, 64))
