@@ -28,7 +28,8 @@ from torch import nn
 import graphopt
 from graphopt.environment import environment, write_csv
 from graphopt.kernels import BlockLayout, BlockSparseLinear
-from graphopt.onnx_runtime import compare, run, session
+from graphopt.onnx_comparison import compare
+from graphopt.onnx_runtime import run, session
 
 _SIZES = ((768, 3072), (3072, 768), (1024, 4096))
 _TILES = (256, 384, 512, 768, 1024)

@@ -24,7 +24,8 @@ from graphopt.passes.verifier import preserved
 from .bench_result import BenchResult, BenchRow, SiteTime
 from .environment import environment
 from .export import export_onnx
-from .onnx_runtime import arguments_for, session
+from .flat_model import arguments_for
+from .onnx_runtime import session
 from .runtime import installation_of
 from .training.executed_flops import ExecutedFlops
 

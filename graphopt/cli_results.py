@@ -99,7 +99,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an ONNX file with the model it came from; the exit code is 1 if it differs."""
-    from .onnx_runtime import verify_onnx
+    from .onnx_verification import verify_onnx
 
     check_file(file, "ONNX")
     opened = open_model(optimized, factory)

@@ -19,10 +19,10 @@ from graphopt.passes.registry import pass_named
 
 from . import open_sizes
 from .export_forms import export_forms
-from .flat_model import FlatModel, evaluating, first_line
+from .flat_model import FlatModel, arguments_for, evaluating, first_line
 from .onnx_lowering import lower_for_runtimes
-from .onnx_runtime import VerifyReport, arguments_for, verify_flat
 from .onnx_translation import OPSETS, plain_attention, quiet, translate
+from .onnx_verification import VerifyReport, verify_flat
 from .open_sizes import OpenSizes
 from .runtime import installation_of
 from .runtimes import RuntimeTime, runtime_names, time_runtimes
@@ -117,10 +117,10 @@ def export_onnx(
     The model is exported in evaluation mode and left in its own. Batch and sequence sizes stay
     open where the model allows it; inputs carry the names of the forward's arguments. Outputs are
     compared with torch on the example and on at least three other inputs (see
-    `onnx_runtime.compare` for the bound). Only then the file gets its name. Modules with operators
-    that ONNX lacks are written in their export form (see `export_forms`), and compared as they are;
-    operators that runtimes are slow at are replaced (see `onnx_lowering`). Where OpenVINO is
-    installed too, the file is timed in both, and the report names the faster one.
+    `onnx_comparison.compare` for the bound). Only then the file gets its name. Modules with
+    operators that ONNX lacks are written in their export form (see `export_forms`), and compared as
+    they are; operators that runtimes are slow at are replaced (see `onnx_lowering`). Where OpenVINO
+    is installed too, the file is timed in both, and the report names the faster one.
 
     Args:
         model: Any model.

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphopt.passes.calls import expand_arguments, signature_of
+from graphopt.passes.calls import example_arguments, expand_arguments, signature_of
 from graphopt.passes.errors import ExportError, InputError
 from graphopt.passes.structure import flatten, tensor_names
+
+from .inputs import infer_inputs
 
 
 class FlatModel(nn.Module):
@@ -68,6 +70,17 @@ class FlatModel(nn.Module):
         arguments = self._structure.rebuild(tensors)
         args, kwargs = expand_arguments(self._signature, arguments)
         return self.model(*args, **kwargs)
+
+
+def arguments_for(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Return canonical arguments for example inputs, inferring them if None.
+
+    Raises:
+        InputError: if they do not fit the model or cannot be inferred.
+    """
+    if example_inputs is None:
+        return infer_inputs(model)
+    return example_arguments(model, example_inputs)
 
 
 @contextmanager

@@ -19,14 +19,13 @@ from graphopt.passes.stopwatch import interleaved_ms
 from graphopt.passes.verifier import relative_error
 
 from .flat_model import FlatModel, first_line
-from .onnx_runtime import (
+from .onnx_comparison import (
     LARGEST_DRIFT,
     ROUNDING_FACTOR,
     integer_roundoff_of,
-    run,
-    session,
     unit_roundoff_of,
 )
+from .onnx_runtime import run, session
 
 Runner = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """Runs a file on named tensors and returns its outputs by name."""
@@ -157,7 +156,7 @@ def _problem(drifts: Mapping[str, float], bound: float) -> str | None:
     """Say which output is too far from torch's.
 
     Half of the digits may be lost to rounding, `sqrt(u)` for a unit roundoff u, and what layers in
-    integers explain (see `onnx_runtime.compare`).
+    integers explain (see `onnx_comparison.compare`).
     """
     for name, drift in drifts.items():
         if not drift <= bound:

@@ -19,7 +19,9 @@ from transformers import AutoModel
 from graphopt import export
 from graphopt.export import export_onnx
 from graphopt.float64 import Float64Arithmetic
-from graphopt.onnx_runtime import compare, run, session, verify_onnx
+from graphopt.onnx_comparison import compare
+from graphopt.onnx_runtime import run, session
+from graphopt.onnx_verification import verify_onnx
 from graphopt.passes.errors import CheckpointError, ExportError, InputError
 
 
