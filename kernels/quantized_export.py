@@ -15,7 +15,8 @@ What each form becomes, and why this one (ONNX Runtime 1.31, x86 with VNNI):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,7 @@ def quantized_linear_form(layer: QuantizedLinear) -> QuantizedLinearForm:
     return _FORMS[layer.activations](layer)
 
 
-class QuantizedLinearForm(nn.Module):
+class QuantizedLinearForm(nn.Module, ABC):
     """What all forms share: constants as the runtimes read them, and the input's type."""
 
     bias: Tensor | None
@@ -70,9 +71,9 @@ class QuantizedLinearForm(nn.Module):
         """Return the product with the bias added."""
         return product + bias
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """Return `x W^T` [..., out_features] in float32."""
-        raise NotImplementedError
 
     def output_shape(self, x: Tensor) -> list[int | torch.SymInt]:
         """Return the shape of the result."""
@@ -188,7 +189,7 @@ class _Blocks(QuantizedLinearForm):
         )
 
 
-_FORMS = {
+_FORMS: Mapping[str, Callable[[QuantizedLinear], QuantizedLinearForm]] = {
     "dynamic": _Tokens,
     "dynamic-tensor": _WholeTensor,
     "static": _Static,
