@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,8 +57,8 @@ class OnnxRunner:
             f"{torch.get_num_threads()} threads"
         )
 
-    def prepare(self, work: Workload, *, training: bool) -> Callable[[], Any]:
-        """Return a function that runs a workload once, from the first opset that works.
+    def prepare(self, work: Workload, *, training: bool) -> functools.partial[Any]:
+        """Return a call of ONNX Runtime that runs a workload once, from the first opset that works.
 
         Raises:
             ConfigError: if it is to train.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,11 @@ def test_contractions_read_their_activations_as_inputs() -> None:
     seen: list[int] = []
 
     class Watching(OnnxRunner):
-        def prepare(self, work: Workload, *, training: bool):  # type: ignore[no-untyped-def]
-            run = super().prepare(work, training=training)
-            seen.append(len(run.keywords) + len(run.args[1]))  # type: ignore[attr-defined]
-            return run
+        def prepare(self, work: Workload, *, training: bool) -> functools.partial[Any]:
+            call = super().prepare(work, training=training)
+            _, inputs = call.args
+            seen.append(len(inputs))
+            return call
 
     found = compare_sizes(
         program, group, 40, Costs(runner=Watching(), budget_s=0.001), training=False
