@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from graphopt.kernels import FusedLinear
+
 from .base import Context, shared_names
 from .program import Program
 
@@ -48,6 +50,8 @@ def left_dense(program: Program, context: Context, name: str, heads: frozenset[s
         return f"ignored by the pattern {pattern!r}"
     if name in heads:
         return "its output is a result of the model, and output heads stay dense"
+    if isinstance(program.module(name), FusedLinear):
+        return "it is several layers fused into one; let fuse-projections come later"
     return replacement_refusal(program, name, once=False)
 
 

@@ -7,9 +7,10 @@ import torch
 from graphopt.kernels import BlockLayout, BlockSparseLinear
 from graphopt.passes.base import Candidate, Change, Cost
 from graphopt.passes.compress.block_details import BlockSizes, Sparsification, checked
+from graphopt.passes.compress.layer_replacement import timed
 from graphopt.passes.costs import Costs
 from graphopt.passes.linear_layers import LinearLayer
-from graphopt.passes.program import Program, shape_of
+from graphopt.passes.program import Program
 
 
 def candidate_of(
@@ -62,15 +63,8 @@ def measured(
     The sparse layer has scattered blocks, as chosen ones are, on the device of the measurements.
     """
     details, layer = checked(program, candidate.change)
-    source = program.calls(candidate.change.target)[0].all_input_nodes[0]
-    times = costs.compare_modules(
-        layer.module,
-        _random_layer(details, layer),
-        shape_of(source),
-        source.meta["val"].dtype,
-        training=training,
-    )
-    return candidate.timed(times), times.ratio
+    sparse = _random_layer(details, layer)
+    return timed(program, candidate, layer, sparse, costs, training=training)
 
 
 def _random_layer(details: Sparsification, layer: LinearLayer) -> BlockSparseLinear:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from graphopt.kernels import BlockLayout
 from graphopt.passes.base import Change
+from graphopt.passes.compress.layer_replacement import LayerSizes, replaced_layer
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import PlanError
 from graphopt.passes.linear_layers import LinearLayer, linear_layer
@@ -28,12 +29,9 @@ class Units(Details):
     layers: dict[str, BlockSizes]
 
 
-class Sparsification(BlockSizes):
+class Sparsification(BlockSizes, LayerSizes):
     """What `apply` and `restore` need, and for `transfer` the units to put in order first."""
 
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
-    bias: bool
     units: tuple[Units, ...]
 
     @property
@@ -49,17 +47,7 @@ def checked(program: Program, change: Change) -> tuple[Sparsification, LinearLay
         PlanError: if they do not fit each other.
     """
     details = read_details(Sparsification, change)
-    layer = present_layer(program, change.target)
-    if (details.in_features, details.out_features, details.bias) != (
-        layer.in_features,
-        layer.out_features,
-        layer.bias is not None,
-    ):
-        raise PlanError(
-            f"{change.target} must be a linear layer {details.in_features} -> "
-            f"{details.out_features} to be sparse, it is {layer.module}; "
-            "is this plan for another model?"
-        )
+    layer = replaced_layer(program, change, details, "sparse")
     tiles, odd = divmod(details.out_features, details.block_out)
     groups, rest = divmod(details.in_features, details.block_in)
     if odd or rest or details.blocks % tiles or details.blocks >= tiles * groups:

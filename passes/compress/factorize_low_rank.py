@@ -27,13 +27,21 @@ from graphopt.passes.base import (
     State,
     replace_module,
 )
+from graphopt.passes.compress.layer_replacement import (
+    LayerSizes,
+    replaced_layer,
+    replacement,
+    timed,
+)
 from graphopt.passes.compress.levels import slower
-from graphopt.passes.details import Details, read_details
+from graphopt.passes.dense_form import dense_form, remember_dense
+from graphopt.passes.details import read_details
 from graphopt.passes.errors import PlanError, PreconditionError
 from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.latest import latest
+from graphopt.passes.linear_layers import LinearLayer, linear_layers
 from graphopt.passes.output_heads import output_heads
-from graphopt.passes.program import Program, shape_of
+from graphopt.passes.program import Program
 from graphopt.passes.replaceability import left_dense
 from graphopt.passes.uniform_share import largest_share
 from graphopt.passes.whitening import Factors, Whitened, whiten
@@ -41,13 +49,10 @@ from graphopt.passes.whitening import Factors, Whitened, whiten
 _MOST_LEVELS = 8
 
 
-class _Factorization(Details):
+class _Factorization(LayerSizes):
     """What `apply` and `restore` need."""
 
     rank: int = Field(ge=1)
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
-    bias: bool
 
 
 @final
@@ -120,11 +125,13 @@ class FactorizeLowRank(Pass):
 
     def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
         """Return the product of the factors, and the bias."""
+        _, layer = _checked(program, change)
         name = change.target
         product = state[f"{name}.up"].double() @ state[f"{name}.down"].double()
-        dense = {f"{name}.weight": product.to(state[f"{name}.up"].dtype)}
-        if f"{name}.bias" in state:
-            dense[f"{name}.bias"] = state[f"{name}.bias"]
+        matrix = product.to(state[f"{name}.up"].dtype)
+        dense = {f"{name}.{layer.weight_name}": matrix.t() if layer.transposed else matrix}
+        if layer.bias_name is not None:
+            dense[f"{name}.{layer.bias_name}"] = state[f"{name}.bias"]
         return dense
 
     def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
@@ -158,50 +165,41 @@ class FactorizeLowRank(Pass):
         ).to_empty(device=weight.device)
         for parameter in (factors.down, factors.up):
             parameter.requires_grad_(weight.requires_grad)
-        if factors.bias is not None:
+        if factors.bias is not None and layer.bias is not None:
             factors.bias.requires_grad_(layer.bias.requires_grad)
-        replace_module(program.model, change.target, factors.train(layer.training))
+        remember_dense(factors, layer)
+        replace_module(program.model, change.target, factors.train(layer.module.training))
         program.changed()
 
     def restore(self, model: nn.Module, change: Change) -> None:
         """Put a dense layer back whose weight is the product of the factors."""
         details = read_details(_Factorization, change)
-        factors = model.get_submodule(change.target)
-        if not isinstance(factors, LowRankLinear):
-            raise PlanError(f"{change.target} is not the factorized layer that the plan describes")
-        layer = nn.Linear(
-            details.in_features, details.out_features, details.bias, device="meta"
-        ).train(factors.training)
+        factors = replacement(model, change, details, LowRankLinear, "factorized")
         product = factors.up.detach().double() @ factors.down.detach().double()
-        layer.weight = nn.Parameter(
-            product.to(factors.up.dtype), requires_grad=factors.up.requires_grad
+        dense = dense_form(factors).filled(
+            product.to(factors.up.dtype), factors.bias, trained=factors.up.requires_grad
         )
-        if factors.bias is not None:
-            layer.bias = factors.bias
-        replace_module(model, change.target, layer)
+        replace_module(model, change.target, dense.train(factors.training))
 
     def _miss(self, target: str, reason: str) -> Miss:
         return Miss(pass_name=self.name, target=target, reason=reason)
 
     def _layers(
         self, program: Program, context: Context
-    ) -> tuple[dict[str, nn.Linear], list[Miss]]:
+    ) -> tuple[dict[str, LinearLayer], list[Miss]]:
         """Return the layers that can be factorized, and why the others cannot."""
-        misses: dict[Miss, None] = {}
+        misses: list[Miss] = []
         heads = output_heads(program)
-        layers: dict[str, nn.Linear] = {}
-        for node, layer in program.leaf_calls(nn.Linear):
-            name = str(node.target)
-            if type(layer) is not nn.Linear or name in layers:
-                continue
+        layers: dict[str, LinearLayer] = {}
+        for name, layer in linear_layers(program):
             reason = self._refusal(program, context, name, layer, heads)
             if reason is None:
                 layers[name] = layer
             else:
-                misses[self._miss(name, reason)] = None
-        return layers, list(misses)
+                misses.append(self._miss(name, reason))
+        return layers, misses
 
-    def _levels(self, layer: nn.Linear) -> list[int]:
+    def _levels(self, layer: LinearLayer) -> list[int]:
         """Return the ranks to offer, highest first: at most eight even steps."""
         step = self.round_to
         while _full_rank(layer) / step > _MOST_LEVELS:
@@ -213,7 +211,7 @@ class FactorizeLowRank(Pass):
         program: Program,
         context: Context,
         name: str,
-        layer: nn.Linear,
+        layer: LinearLayer,
         heads: frozenset[str],
     ) -> str | None:
         reason = left_dense(program, context, name, heads)
@@ -225,7 +223,7 @@ class FactorizeLowRank(Pass):
         return reason
 
     def _ranks(
-        self, program: Program, context: Context, layers: Mapping[str, nn.Linear]
+        self, program: Program, context: Context, layers: Mapping[str, LinearLayer]
     ) -> dict[str, int | None]:
         """Return the rank of every layer at the largest share that meets the budget."""
         facts, total = facts_of(program), total_cost(program).flops
@@ -249,14 +247,14 @@ class FactorizeLowRank(Pass):
         wanted = (1 - context.budget) * total
         return ranks(largest_share(lambda share: saved(share) >= wanted))
 
-    def _rank(self, layer: nn.Linear, share: float) -> int | None:
+    def _rank(self, layer: LinearLayer, share: float) -> int | None:
         """Return the largest rank within a share of the operations, None for all of them."""
         if share == 1:
             return None
         rank = int(_full_rank(layer) * share + 1e-9) // self.round_to * self.round_to
         return max(rank, self.round_to)
 
-    def _candidate(self, program: Program, name: str, layer: nn.Linear, rank: int) -> Candidate:
+    def _candidate(self, program: Program, name: str, layer: LinearLayer, rank: int) -> Candidate:
         before = facts_of(program).cost(program.calls(name))
         details = _Factorization(
             rank=rank,
@@ -278,7 +276,9 @@ class FactorizeLowRank(Pass):
                 size_bytes=before.size_bytes - removed * layer.weight.element_size(),
                 parameters=before.parameters - removed,
             ),
-            exclusive=frozenset({f"{name}.weight structure", f"{name}.weight format"}),
+            exclusive=frozenset(
+                f"{name}.{layer.weight_name} {claim}" for claim in ("structure", "format")
+            ),
         )
 
 
@@ -294,11 +294,7 @@ def _measured(program: Program, candidate: Candidate, context: Context) -> tuple
         device="meta",
         dtype=layer.weight.dtype,
     ).requires_grad_(layer.weight.requires_grad)
-    source = program.calls(candidate.change.target)[0].all_input_nodes[0]
-    times = context.costs.compare_modules(
-        layer, factors, shape_of(source), source.meta["val"].dtype, training=context.training
-    )
-    return candidate.timed(times), times.ratio
+    return timed(program, candidate, layer, factors, context.costs, training=context.training)
 
 
 def _factors(program: Program, change: Change, context: Context) -> Factors:
@@ -315,14 +311,14 @@ def _factors(program: Program, change: Change, context: Context) -> Factors:
         statistics = calibration.statistics(program, list(dict.fromkeys(nodes)))
         if layer.bias is None:
             statistics = statistics.uncentered()
-        return whiten(statistics, layer.weight.detach(), layer.bias)
+        return whiten(statistics, layer.matrix, layer.bias)
 
     return latest(program, "decomposition", key, decompose).factors(details.rank)
 
 
-def _decomposed(layer: nn.Linear) -> Whitened:
+def _decomposed(layer: LinearLayer) -> Whitened:
     """Return a layer decomposed as if its inputs were white, around zero."""
-    weight = layer.weight.detach().double()
+    weight = layer.matrix.double()
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     return Whitened(
         weight=weight,
@@ -335,29 +331,19 @@ def _decomposed(layer: nn.Linear) -> Whitened:
     )
 
 
-def _full_rank(layer: nn.Linear) -> float:
+def _full_rank(layer: LinearLayer) -> float:
     """Return the rank at which the factors need as many operations as the layer."""
     return layer.weight.numel() / (layer.in_features + layer.out_features)
 
 
-def _checked(program: Program, change: Change) -> tuple[_Factorization, nn.Linear]:
+def _checked(program: Program, change: Change) -> tuple[_Factorization, LinearLayer]:
     """Return the checked details and the layer of a change.
 
     Raises:
         PlanError: if they do not fit each other.
     """
     details = read_details(_Factorization, change)
-    layer = program.module(change.target)
-    if type(layer) is not nn.Linear or (
-        details.in_features,
-        details.out_features,
-        details.bias,
-    ) != (layer.in_features, layer.out_features, layer.bias is not None):
-        raise PlanError(
-            f"{change.target} must be a linear layer {details.in_features} -> "
-            f"{details.out_features} to be factorized, it is {layer}; "
-            "is this plan for another model?"
-        )
+    layer = replaced_layer(program, change, details, "factorized")
     if details.rank >= _full_rank(layer):
         raise PlanError(
             f"{change.target} at rank {details.rank} would need no fewer operations than dense"

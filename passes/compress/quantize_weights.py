@@ -11,7 +11,7 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from graphopt.kernels import FusedLinear, QuantizedLinear
+from graphopt.kernels import QuantizedLinear
 from graphopt.kernels.quantized_inputs import ACTIVATIONS
 from graphopt.kernels.quantized_linear import GROUP_SIZES
 from graphopt.kernels.quantized_weights import dequantize, unpack_integers
@@ -25,6 +25,7 @@ from graphopt.passes.base import (
     State,
     replace_module,
 )
+from graphopt.passes.compress.layer_replacement import replacement
 from graphopt.passes.compress.layer_rounding import LayerRounding, round_layer
 from graphopt.passes.compress.levels import slower
 from graphopt.passes.compress.quantized_candidates import (
@@ -39,7 +40,7 @@ from graphopt.passes.compress.quantized_candidates import (
 from graphopt.passes.compress.smoothing import smoothed_by
 from graphopt.passes.dense_form import dense_form, remember_dense
 from graphopt.passes.details import read_details
-from graphopt.passes.errors import PlanError, PreconditionError
+from graphopt.passes.errors import PreconditionError
 from graphopt.passes.facts import facts_of
 from graphopt.passes.linear_layers import LinearLayer, linear_layers
 from graphopt.passes.output_heads import output_heads
@@ -191,12 +192,7 @@ class QuantizeWeights(Pass):
     def restore(self, model: nn.Module, change: Change) -> None:
         """Put a dense layer of the original class back, with the numbers integers stood for."""
         details = read_details(Quantization, change)
-        quantized = model.get_submodule(change.target)
-        if not isinstance(quantized, QuantizedLinear) or (
-            quantized.in_features,
-            quantized.out_features,
-        ) != (details.in_features, details.out_features):
-            raise PlanError(f"{change.target} is not the quantized layer that the plan describes")
+        quantized = replacement(model, change, details, QuantizedLinear, "quantized")
         form = dense_form(quantized)
         matrix = quantized.weight.to(form.weight.dtype)
         dense = form.filled(matrix, quantized.bias, trained=form.weight.requires_grad)
@@ -214,8 +210,6 @@ class QuantizeWeights(Pass):
         heads = output_heads(program)
         for name, layer in linear_layers(program):
             reason = left_dense(program, context, name, heads)
-            if reason is None and isinstance(layer.module, FusedLinear):
-                reason = "it is several layers fused into one; quantize before fusing"
             if reason is None:
                 layers[name] = layer
             else:

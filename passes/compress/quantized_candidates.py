@@ -9,11 +9,12 @@ from pydantic import Field
 from graphopt.kernels import QuantizedLinear
 from graphopt.kernels.quantized_linear import GROUP_SIZES, check_scheme
 from graphopt.passes.base import Candidate, Change, Cost
+from graphopt.passes.compress.layer_replacement import LayerSizes, replaced_layer, timed
 from graphopt.passes.costs import Costs
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import PlanError
-from graphopt.passes.linear_layers import LinearLayer, linear_layer
-from graphopt.passes.program import Program, shape_of
+from graphopt.passes.linear_layers import LinearLayer
+from graphopt.passes.program import Program
 
 
 class Scheme(Details):
@@ -42,7 +43,7 @@ class Scheme(Details):
         )
 
 
-class Quantization(Scheme):
+class Quantization(Scheme, LayerSizes):
     """What `apply` and `restore` need.
 
     Attributes:
@@ -50,9 +51,6 @@ class Quantization(Scheme):
             alone makes, for the rounding of inputs.
     """
 
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
-    bias: bool
     error_growth: float = Field(ge=1.0)
 
 
@@ -99,15 +97,7 @@ def candidate_of(
 def measured(program: Program, candidate: Candidate, costs: Costs) -> tuple[Candidate, float]:
     """Return the candidate with its times in inference, and how many times faster it is."""
     details, layer = checked(program, candidate.change)
-    source = program.calls(candidate.change.target)[0].all_input_nodes[0]
-    times = costs.compare_modules(
-        layer.module,
-        new_layer(details, layer),
-        shape_of(source),
-        source.meta["val"].dtype,
-        training=False,
-    )
-    return candidate.timed(times), times.ratio
+    return timed(program, candidate, layer, new_layer(details, layer), costs, training=False)
 
 
 def new_layer(details: Quantization, layer: LinearLayer) -> QuantizedLinear:
@@ -134,17 +124,7 @@ def checked(program: Program, change: Change) -> tuple[Quantization, LinearLayer
         PlanError: if they do not fit each other.
     """
     details = read_details(Quantization, change)
-    layer = linear_layer(program, change.target)
-    if layer is None or (details.in_features, details.out_features, details.bias) != (
-        layer.in_features,
-        layer.out_features,
-        layer.bias is not None,
-    ):
-        raise PlanError(
-            f"{change.target} must be a linear layer {details.in_features} -> "
-            f"{details.out_features} to be quantized, it is {program.module(change.target)}; "
-            "is this plan for another model?"
-        )
+    layer = replaced_layer(program, change, details, "quantized")
     try:
         check_scheme(layer.in_features, details.bits, details.group_size, details.activations)
     except ValueError as error:

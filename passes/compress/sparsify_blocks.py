@@ -29,11 +29,12 @@ from graphopt.passes.compress.block_details import BlockSizes, Sparsification, c
 from graphopt.passes.compress.block_fit import BlockChoice, choose_blocks
 from graphopt.passes.compress.block_order import reorderings
 from graphopt.passes.compress.channel_slices import permuted
+from graphopt.passes.compress.layer_replacement import replacement
 from graphopt.passes.compress.levels import slower
 from graphopt.passes.compress.scores import check_scores
 from graphopt.passes.dense_form import dense_form, remember_dense
 from graphopt.passes.details import read_details
-from graphopt.passes.errors import PlanError, PreconditionError
+from graphopt.passes.errors import PreconditionError
 from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.linear_layers import LinearLayer, linear_layers
 from graphopt.passes.output_heads import output_heads
@@ -205,12 +206,7 @@ class SparsifyBlocks(Pass):
     def restore(self, model: nn.Module, change: Change) -> None:
         """Put a dense layer of the original class back: missing blocks are zeros."""
         details = read_details(Sparsification, change)
-        sparse = model.get_submodule(change.target)
-        if not isinstance(sparse, BlockSparseLinear) or (
-            sparse.in_features,
-            sparse.out_features,
-        ) != (details.in_features, details.out_features):
-            raise PlanError(f"{change.target} is not the sparse layer that the plan describes")
+        sparse = replacement(model, change, details, BlockSparseLinear, "sparse")
         dense = dense_form(sparse).filled(
             sparse.weight.detach(), sparse.bias, trained=sparse.values.requires_grad
         )

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "fuse-projections": ("llama",),
     "hoist-frozen-prefix": ("frozen-bert",),
     "prune-channels": ("bert-classifier", "gpt2", "llama", "cnn"),
-    "factorize-low-rank": ("bert-classifier",),
+    "factorize-low-rank": ("bert-classifier", "gpt2"),
     "pack-tokens": ("modernbert", "llama-padded", "transformer-encoder-padded"),
     "quantize-weights": ("bert-classifier", "gpt2"),
     "sparsify-blocks": ("gpt2", "llama", "modernbert"),

@@ -313,19 +313,6 @@ def test_pruned_layers_are_quantized_at_their_new_sizes(options: dict[str, Any])
     assert layer.in_features == left
 
 
-def test_fused_layers_say_so_and_quantized_ones_are_not_fused() -> None:
-    case = find_case("llama")
-    args, kwargs = case.call(3, 9)
-    fuse, step = pass_named("fuse-projections"), QuantizeWeights()
-    for order in ((fuse, step), (step, fuse)):
-        program = capture(without_dropout(case.build()).eval(), kwargs or args)
-        plan = PassManager(passes=order, context=INFERENCE).run(program)
-        reasons = refusals(plan)
-        fused = [name for name, reason in reasons.items() if "fused into one" in reason]
-        assert bool(fused) == (order[0] is fuse)
-        assert any(record.change.pass_name == step.name for record in plan.changes)
-
-
 def test_options_that_do_not_fit_are_refused() -> None:
     x = inputs()
     for options, text in (

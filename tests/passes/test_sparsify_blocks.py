@@ -452,7 +452,7 @@ def test_a_change_that_does_not_fit_is_refused(details: dict[str, Any], text: st
     wrong = replace(change, details={**change.details, **details})
     with pytest.raises(PlanError, match=text):
         SMALL.apply(program, wrong)
-    with pytest.raises(PlanError, match="scale is not a linear layer"):
+    with pytest.raises(PlanError, match="scale must be a linear layer"):
         SMALL.apply(program, replace(change, target="scale"))
     with pytest.raises(PlanError, match="gate is not the sparse layer"):
         SMALL.restore(program.model, change)
