@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from slower_costs import SlowerCosts
 from torch import Tensor, nn
 from zoo import find_case
 
@@ -226,9 +227,8 @@ def test_ranks_are_rounded_down() -> None:
 
 
 def test_a_measured_loss_is_refused_with_the_number() -> None:
-    # At one row the products are far too small to pay for a second call.
     program = capture(network().eval(), inputs(2))
-    proposal = FACTORIZE.propose(program, Context(budget=0.9, costs=Costs(budget_s=0.05)))
+    proposal = FACTORIZE.propose(program, Context(budget=0.9, costs=SlowerCosts(budget_s=0.01)))
     assert proposal.candidates == ()
     (miss, *_) = (miss for miss in proposal.misses if miss.target == "0")
     assert "measured 0." in miss.reason

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from slower_costs import SlowerCosts
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import find_case
@@ -16,7 +17,7 @@ from graphopt.capture import capture
 from graphopt.kernels import FusedLinear, FusedPart
 from graphopt.passes.axes import axes_of
 from graphopt.passes.base import Context
-from graphopt.passes.costs import Comparison, Costs
+from graphopt.passes.costs import Costs
 from graphopt.passes.errors import PlanError
 from graphopt.passes.exact.fuse_projections import FuseProjections
 from graphopt.passes.facts import total_cost
@@ -198,26 +199,10 @@ def test_ignored_layers_stay_and_the_others_are_fused() -> None:
     assert proposal.candidates[0].change.details["parts"] == ["query", "key"]
 
 
-class Slower(Costs):
-    """Real measurements of layers that a slow one has joined."""
-
-    def compare_modules(
-        self,
-        dense: nn.Module,
-        candidate: nn.Module,
-        input_shape: Any,
-        dtype: torch.dtype,
-        *,
-        training: bool,
-    ) -> Comparison:
-        slow = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)], candidate)
-        return super().compare_modules(dense, slow, input_shape, dtype, training=training)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_measured_loss_is_refused_with_the_number(training: bool) -> None:
     program = capture(Attention(), torch.randn(2, 5, 6))
-    context = Context(costs=Slower(budget_s=0.01), training=training)
+    context = Context(costs=SlowerCosts(budget_s=0.01), training=training)
     proposal = FUSE.propose(program, context)
     assert proposal.candidates == ()
     assert proposal.misses[0].reason.startswith("query, key, value as one GEMM measured 0.")

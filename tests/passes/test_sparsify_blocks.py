@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from slower_costs import SlowerCosts
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from zoo import find_case, without_dropout
@@ -336,7 +337,7 @@ def test_a_kept_share_per_layer_overrides_the_budget() -> None:
 
 def test_a_measured_loss_is_refused_with_the_number() -> None:
     program = capture(gated(), inputs(2))
-    proposal = SMALL.propose(program, Context(costs=Costs(budget_s=0.02)))
+    proposal = SMALL.propose(program, Context(costs=SlowerCosts(budget_s=0.01)))
     assert proposal.candidates == ()
     (miss,) = (miss for miss in proposal.misses if miss.target == "first")
     assert miss.reason.startswith("8-row blocks measured 0.")
