@@ -87,7 +87,9 @@ class UniformSource:
             if share > budget * (1 + 1e-9):
                 context = replace(context, budget=budget / share)
             elif not step.exact:
-                reason = "earlier passes already met the budget"
+                cheaper = flops < self._dense.flops
+                reason = "earlier passes already met" if cheaper else "the model already meets"
+                reason += " the budget"
                 miss = Miss(pass_name=step.name, target="(model)", reason=reason)
                 return Proposal(misses=(miss,)), context
         return step.propose(program, context), context

@@ -86,6 +86,8 @@ def test_a_dry_run_plans_what_a_run_does_and_changes_nothing() -> None:
 def test_later_passes_do_not_run_when_the_budget_is_met() -> None:
     plan = run(program(), PRUNE, PruneChannels(round_to=2), budget=0.5)
     assert [m.reason for m in plan.misses][-1] == "earlier passes already met the budget"
+    plan = run(program(), PRUNE, budget=1.0)
+    assert [m.reason for m in plan.misses] == ["the model already meets the budget"]
 
 
 def test_passes_for_inference_do_not_run_in_training() -> None:
