@@ -46,8 +46,8 @@ def load_recipe(source: str | Path | Iterable[str | Pass] | Recipe) -> Recipe:
 
     Args:
         source: The name of a preset (see `preset_names`), the path of a YAML file, a textual
-            pipeline such as `prune-channels{round_to=16},fuse-projections`, passes or their names
-            in order, or a recipe.
+            pipeline such as `prune-channels{round_to=16},fuse-projections`, a list of passes and
+            such texts, or a recipe.
 
     Raises:
         ConfigError: if there is no such recipe, it has unknown keys, passes, options or values, or
@@ -62,16 +62,14 @@ def load_recipe(source: str | Path | Iterable[str | Pass] | Recipe) -> Recipe:
             "a recipe is a name, the path of a YAML file, or a list of passes, "
             f"got {type(source).__name__}"
         )
-    specs = []
+    steps: list[Pass] = []
     for item in source:
-        if isinstance(item, Pass):
-            specs.append({"name": item.name, "options": options_of(item)})
-        elif isinstance(item, str):
-            specs.append({"name": item, "options": {}})
-        else:
+        if not isinstance(item, (Pass, str)):
             raise ConfigError(
                 f"a list of passes holds names or passes, got {type(item).__name__} in it"
             )
+        steps += parse_pipeline(item) if isinstance(item, str) else [item]
+    specs = [{"name": step.name, "options": options_of(step)} for step in steps]
     what = "the list of passes"
     return _complete(_validated({"passes": specs}, what), what, Path(), ())
 

@@ -186,6 +186,7 @@ def test_passes_names_and_pipelines_mean_the_same() -> None:
         "prune-channels{round_to=16},fuse-projections"
     )
     assert load_recipe([step]).build_passes() == (step,)
+    assert load_recipe(["prune-channels{round_to=16}"]) == load_recipe([step])
 
 
 @pytest.mark.parametrize(
