@@ -21,11 +21,10 @@ from graphopt.passes.structure import flatten
 from graphopt.passes.verifier import Verifier, preserved
 
 from .capture import call_arguments, capture
-from .job import Job, Progress, resolve_recipe
+from .job import Progress, job_for
 from .model_guard import Score
 from .recipe_schema import Recipe
 from .runtime import install, install_parts, installation_of
-from .timing import costs_for
 
 _TOTAL_BUDGET_S = 1.0
 
@@ -93,26 +92,25 @@ def optimize(
     Raises:
         GraphoptError: any error a user can cause, with a sentence that says what to do.
     """
-    resolved = resolve_recipe(
+    job = job_for(
+        model,
         recipe,
         budget=budget,
-        ignore=ignore,
-        keep=keep,
+        calibration=calibration,
         max_drift=max_drift,
         min_cosine=min_cosine,
-        allocation=allocation,
-        runtime=runtime,
-    )
-    job = Job(
-        recipe=resolved,
-        calibration=calibration,
-        store=None if calibration_store is None else Path(calibration_store),
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=costs_for(model, resolved.runtime, cost_cache) if measure else None,
-        limit=limit,
-        seed=seed,
         score=score,
         max_drop=max_drop,
+        ignore=ignore,
+        keep=keep,
+        allocation=allocation,
+        runtime=runtime,
+        seed=seed,
+        limit=limit,
+        measure=measure,
+        cost_cache=cost_cache,
+        calibration_store=calibration_store,
+        tokenizer=tokenizer,
         progress=progress,
     )
     _refuse_optimized(model)
@@ -126,7 +124,7 @@ def optimize(
         return install_parts(target, _finished(made, job.recipe))
     made = job.run(program)
     refusal = Verifier(program, training=False).eager_refusal()
-    if measure and not inplace and made.changes and resolved.runtime == "torch":
+    if measure and not inplace and made.changes and job.recipe.runtime == "torch":
         made = _timed(made, model, program)
     return install(program, _finished(made, job.recipe), eager_refusal=refusal)
 
@@ -160,26 +158,24 @@ def plan(
     Raises:
         GraphoptError: as `optimize`.
     """
-    resolved = resolve_recipe(
+    job = job_for(
+        model,
         recipe,
         budget=budget,
-        ignore=ignore,
-        keep=keep,
+        calibration=calibration,
         max_drift=max_drift,
         min_cosine=min_cosine,
-        allocation=allocation,
-        runtime=runtime,
-    )
-    job = Job(
-        recipe=resolved,
-        calibration=calibration,
-        store=None,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=costs_for(model, resolved.runtime, cost_cache) if measure else None,
-        limit=limit,
-        seed=seed,
         score=score,
         max_drop=max_drop,
+        ignore=ignore,
+        keep=keep,
+        allocation=allocation,
+        runtime=runtime,
+        seed=seed,
+        limit=limit,
+        measure=measure,
+        cost_cache=cost_cache,
+        tokenizer=tokenizer,
         progress=progress,
     )
     _refuse_optimized(model)

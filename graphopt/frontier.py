@@ -20,9 +20,8 @@ from graphopt.passes.errors import ConfigError
 from .capture import capture
 from .files import new_directory
 from .frontier_plot import draw
-from .job import Job, Progress, resolve_recipe
+from .job import Progress, job_for
 from .recipe_schema import Recipe
-from .timing import costs_for
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -182,20 +181,21 @@ def frontier(
     Raises:
         GraphoptError: as `graphopt.optimize`.
     """
-    resolved = resolve_recipe(recipe, ignore=ignore, keep=keep, runtime=runtime)
     wanted = _budgets(budgets, measure)
-    job = Job(
-        recipe=resolved.model_copy(update={"max_drift": None, "min_cosine": None}),
+    job = job_for(
+        model,
+        recipe,
         calibration=calibration,
-        store=None if calibration_store is None else Path(calibration_store),
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-        costs=costs_for(model, resolved.runtime, cost_cache) if measure else None,
-        limit=None,
+        ignore=ignore,
+        keep=keep,
+        runtime=runtime,
         seed=seed,
-        score=None,
-        max_drop=None,
+        measure=measure,
+        cost_cache=cost_cache,
+        calibration_store=calibration_store,
+        tokenizer=tokenizer,
         progress=progress,
-    )
+    ).unguarded()
     points: list[Point] = []
     notes: list[str] = []
     try:
@@ -209,8 +209,8 @@ def frontier(
         notes.append(f"interrupted: {len(points)} of {len(wanted)} budgets are solved")
     return Frontier(
         model_class=type(model).__name__,
-        recipe=resolved.name,
-        runtime=resolved.runtime,
+        recipe=job.recipe.name,
+        runtime=job.recipe.runtime,
         dense=points[-1].dense,
         points=tuple(_shown(point) for point in points),
         notes=tuple(notes),

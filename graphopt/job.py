@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +29,7 @@ from .parts import Part, PartBatches, capture_parts
 from .recipe_schema import Allocation, Recipe
 from .recipes import load_recipe
 from .runtime import install
+from .timing import costs_for
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,6 +72,11 @@ class Job:
             max_drop=self.max_drop,
             whole=whole,
         )
+
+    def unguarded(self) -> Job:
+        """Return the same job without a guard."""
+        recipe = self.recipe.model_copy(update={"max_drift": None, "min_cosine": None})
+        return replace(self, recipe=recipe, score=None, max_drop=None)
 
     def run(self, program: Program) -> Plan:
         """Change a program of a whole model; return what was done."""
@@ -200,6 +206,43 @@ class Job:
             limit=self.limit,
             progress=self.progress,
         )
+
+
+def job_for(
+    model: nn.Module,
+    recipe: str | Path | Recipe | Sequence[str | Pass],
+    *,
+    calibration: Any,
+    seed: int,
+    measure: bool,
+    cost_cache: str | Path | None,
+    tokenizer: str | Path | None,
+    progress: Progress | None,
+    calibration_store: str | Path | None = None,
+    limit: int | None = None,
+    score: Score | None = None,
+    max_drop: float | None = None,
+    **settings: Any,
+) -> Job:
+    """Return what was asked for of a model; arguments as in `graphopt.optimize`.
+
+    Raises:
+        ConfigError: if there is no such recipe or runtime, or a value is not valid.
+        MissingExtraError: if the runtime is not installed.
+    """
+    resolved = resolve_recipe(recipe, **settings)
+    return Job(
+        recipe=resolved,
+        calibration=calibration,
+        store=None if calibration_store is None else Path(calibration_store),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        costs=costs_for(model, resolved.runtime, cost_cache) if measure else None,
+        limit=limit,
+        seed=seed,
+        score=score,
+        max_drop=max_drop,
+        progress=progress,
+    )
 
 
 def resolve_recipe(
