@@ -15,6 +15,9 @@ from .program import Program, shape_of
 from .row_chunks import first_rows, model_room_bytes, row_chunks, row_count
 from .structure import flatten
 
+_EXAMPLE_ROWS = 8
+"""Rows of the example that losses are measured on where there is no data; many are no better."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -58,7 +61,9 @@ def probe_of(program: Program, calibration: Calibration | None) -> Probe:
         InputError: if a batch does not fit the program.
     """
     if calibration is None:
-        calls = [flatten(program.example)[0]]
+        tensors, _ = flatten(program.example)
+        has_rows = row_count(program, tensors) is not None
+        calls = [first_rows(program, tensors, 0, _EXAMPLE_ROWS) if has_rows else tensors]
         with evaluation_mode(program.model):
             objective = objective_of(program, calls)
     else:

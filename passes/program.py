@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
@@ -50,6 +50,15 @@ class InputLimit:
     sizes: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A traced call of a leaf module: its name, its ATen graph and its result, without values."""
+
+    name: str
+    body: fx.Graph
+    value: Any
+
+
 Mode = tuple[bool, bool]
 """Whether the model is in training mode, and whether gradients are recorded."""
 
@@ -80,6 +89,7 @@ class Program:
         unread_outputs: Positions of the output tensors that nobody reads: they may be anything.
         compares_outputs: Whether changes are judged by the outputs even where the model gives its
             own loss.
+        leaves: Leaf calls traced so far, by all that decides the result; copies share them.
     """
 
     def __init__(
@@ -107,6 +117,7 @@ class Program:
         self.padding: str | None = None
         self.unread_outputs: frozenset[int] = frozenset()
         self.compares_outputs = False
+        self.leaves: dict[Hashable, Leaf] = {}
         self._call_facts: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._function: Callable[..., Any] | None = None

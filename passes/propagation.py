@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symbols
 
 from .errors import VerificationError
-from .program import Program
+from .program import Leaf, Program
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
+_TABLES = frozenset(vars(nn.Module()))
 
 
 def remember(graph: fx.Graph, model: nn.Module) -> None:
@@ -120,6 +122,35 @@ def _tensors(module: nn.Module) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _leaf_key(
+    module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return what two leaf calls have in common that compute the same, up to names of tensors."""
+    others: list[Any] = []
+    for part in module.modules():
+        for key, value in vars(part).items():
+            if key in _TABLES and not value:
+                continue
+            if isinstance(value, (FunctionType, BuiltinFunctionType)):
+                others.append((key, value))
+            elif key not in ("_parameters", "_buffers", "_modules") and not _plain(value):
+                others.append((key, name))  # nothing is known of it: no other module shares it
+    operands = str(_description((*args, *kwargs.items())))
+    return operands, _configuration(module), _tensors(module), tuple(others)
+
+
+def _renamed(body: fx.Graph, old: str, new: str) -> fx.Graph:
+    """Return a copy of a leaf's graph for the same leaf under another name."""
+    result = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in body.nodes:
+        copy = copies[node] = result.node_copy(node, copies.__getitem__)
+        copy.meta = dict(node.meta)
+        if node.op == "get_attr":
+            copy.target = new + str(node.target).removeprefix(old)
+    return result
+
+
 def _fake_mode(program: Program) -> FakeTensorMode:
     for node in program.placeholders:
         if isinstance(node.meta["val"], FakeTensor):
@@ -153,17 +184,26 @@ class _Propagation:
         return self.fakes[name]
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = str(node.target)
+        key = _leaf_key(self.program.module(name), name, args, kwargs)
+        known = self.program.leaves.get(key)
+        if known is not None:
+            node.meta["body"] = _renamed(known.body, known.name, name)
+            return known.value
         found = self._rerun(node, args, kwargs)
-        if found is not None:
-            node.meta["body"], value = found
-            return value
-        node.meta["body"] = self.body(node, args, kwargs)
-        module, tensors = self._leaf(str(node.target))
-        return functional_call(module, tensors, args, kwargs)
+        if found is None:
+            module, tensors = self._leaf(name)
+            body = self.body(node, args, kwargs)
+            found = body, functional_call(module, tensors, args, kwargs)
+        body, value = node.meta["body"], _ = found
+        if body is not None and not free_unbacked_symbols(value):
+            # Passes edit the graphs of leaf calls: a copy stays as it is.
+            self.program.leaves[key] = Leaf(name, _renamed(body, name, name), value)
+        return value
 
     def _rerun(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[fx.Graph, Any] | None:
+    ) -> tuple[fx.Graph | None, Any] | None:
         """Return the leaf's graph and result where only its operand's sizes are other ones.
 
         None if the module is another one, or its graph is made for the old sizes.

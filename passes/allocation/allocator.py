@@ -184,24 +184,41 @@ class Allocator:
         if self._losses is None or not choice.chosen:
             return choice, []
         notes: list[str] = []
-        best, tried = choice, 0
+        found: list[Choice] = []
+        tried = 0
         try:
-            best = replace(choice, loss=self._measured(choice.chosen))
-            swaps = Swaps(self._solver, best, budget, self._measured, self._seed)
+            choice = replace(choice, loss=self._measured(choice.chosen))
+            swaps = Swaps(self._solver, choice, budget, self._measured, self._seed)
+            found = swaps.found
             if choice.met and not self._notes:
-                for found in swaps.run():
-                    best, tried = found, tried + 1
+                for tried in swaps.run():
                     self._tell("solve", tried, MOST_SWAPS)
         except KeyboardInterrupt:
             notes.append(f"interrupted: best of {tried} swaps")
         finally:
             self._journal.write()
-        if best.chosen != choice.chosen and budget.resource == "latency":
-            timed = self._solver.realized(choice, best.chosen, budget)
-            if not timed.met:
-                return replace(choice, loss=self._measured(choice.chosen)), notes
-            best = replace(timed, loss=best.loss)
-        return best, notes
+        return self._verified(choice, found, budget), notes
+
+    def _verified(self, choice: Choice, better: Sequence[Choice], budget: Budget) -> Choice:
+        """Return the best of some choices that is within the budget, found by halving.
+
+        Args:
+            choice: One that is known to be within it.
+            better: Others with what they are predicted to cost, each better than the one before.
+            budget: The budget.
+        """
+        low, high = 0, len(better)
+        middle = high
+        while low < high:
+            found = better[middle - 1]
+            made = self._solver.realized(choice, found.chosen, budget)
+            met = made.met and made.chosen == found.chosen
+            if met and self._solver.is_close(spent(made.cost, budget.resource), choice, budget):
+                low, choice = middle, replace(made, loss=found.loss)
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return choice
 
     def _measured(self, chosen: tuple[int, ...]) -> float:
         """Return the measured loss of a choice, the sum of losses where nothing can be run."""

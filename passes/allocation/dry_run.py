@@ -17,7 +17,7 @@ from graphopt.passes.program import Program
 from graphopt.passes.program_times import compare_programs
 from graphopt.passes.propagation import refresh
 from graphopt.passes.rewriting import make_change
-from graphopt.passes.snapshot import Snapshot, twin_of
+from graphopt.passes.snapshot import twin_of
 
 from .offers import Offer
 
@@ -70,6 +70,7 @@ class DryRun:
         self._dense = dense
         self._found: dict[tuple[int, ...], Realized] = {}
         self._timed: dict[tuple[int, ...], Realized] = {}
+        self._nodes: dict[int | None, Mapping[str, Cost]] = {}
         self._dense_ms: float | None = None
         self._source: Source = "measured"
 
@@ -105,26 +106,39 @@ class DryRun:
     def _made(self, chosen: tuple[int, ...], timed: bool) -> Realized:
         if not self.has_numbers:
             return self._predicted(chosen, timed)
-        program = twin_of(self._program)
-        costs: list[Cost] = []
         unfit: dict[int, str] = {}
-        for place, step in enumerate(self._steps):
-            if step.exact:
-                for candidate in step.propose(program, self._context).candidates:
-                    make_change(step, program, candidate, self._context)
-            else:
-                for index in chosen:
-                    if self._offers[index].place == place:
-                        reason = self._place(program, self._offers[index])
-                        if reason is not None:
-                            unfit[index] = reason
-            refresh(program)
-            costs.append(total_cost(program))
+        while True:
+            fitting = [index for index in chosen if index not in unfit]
+            refused, program, costs = self._attempt(fitting)
+            if not refused:
+                break
+            # What was made of the change is in the way of the others: they start anew.
+            unfit.update(refused)
         cost = costs[-1]
         if timed:
             _fill(program, self._dense)
             cost = self.timed(cost, program)
         return Realized(cost, tuple(costs), unfit)
+
+    def _attempt(self, chosen: Sequence[int]) -> tuple[dict[int, str], Program, list[Cost]]:
+        """Make changes on a new twin; return the one that does not fit, the twin, and costs.
+
+        The costs are those after each pass; there are none for changes that do not fit.
+        """
+        program = twin_of(self._program)
+        costs: list[Cost] = []
+        for place, step in enumerate(self._steps):
+            if step.exact:
+                for candidate in step.propose(program, self._context).candidates:
+                    make_change(step, program, candidate, self._context)
+            for index in chosen:
+                if self._offers[index].place == place:
+                    reason = self._place(program, self._offers[index])
+                    if reason is not None:
+                        return {index: reason}, program, []
+            refresh(program)
+            costs.append(total_cost(program))
+        return {}, program, costs
 
     def _predicted(self, chosen: tuple[int, ...], timed: bool) -> Realized:
         """Return what a choice costs if savings add up."""
@@ -151,23 +165,38 @@ class DryRun:
         return Realized(steps[-1], tuple(steps), {})
 
     def _place(self, program: Program, offer: Offer) -> str | None:
-        """Make the structure of a change; return why it does not fit, None if it does."""
-        snapshot = Snapshot(program)
+        """Make the structure of a change; return why it does not fit, None if it does.
+
+        It is made as it was settled on the dense program: which values stay costs nothing. Where
+        that does not fit any more, it is settled again.
+        """
         try:
-            settled = offer.step.settle(program, offer.offered, self._context)
-            offer.step.apply(program, settled.change)
+            try:
+                offer.step.apply(program, offer.candidate.change)
+            except PlanError:
+                settled = offer.step.settle(program, offer.offered, self._context)
+                offer.step.apply(program, settled.change)
         except PlanError as error:
-            snapshot.restore()
             return str(error)
         return None
 
-    def nodes(self, index: int | None) -> dict[str, Cost]:
+    def nodes(self, index: int | None) -> Mapping[str, Cost]:
         """Return the cost of every operation with one offer's change, None for without any.
 
         Exact passes play no part, nor does an offer that does not fit.
         """
+        if index not in self._nodes:
+            self._nodes[index] = self._counted(index)
+        return self._nodes[index]
+
+    def _counted(self, index: int | None) -> Mapping[str, Cost]:
         program = self._program
         if index is not None:
+            candidate = self._offers[index].candidate
+            calls = program.calls(candidate.change.target)
+            if len(calls) == 1 and facts_of(program).cost(calls) == _untimed(candidate.before):
+                # It rewrites a single operation, and says what it leaves of that.
+                return {**self.nodes(None), calls[0].name: _untimed(candidate.after)}
             program = twin_of(program)
             self._place(program, self._offers[index])
             refresh(program)
@@ -190,6 +219,10 @@ class DryRun:
             self._dense_ms, self._source = times.dense_ms, times.source
         ratio = 1.0 if form == dense_form else times.ratio
         return cost.timed(self._dense_ms / ratio, times.source)
+
+
+def _untimed(cost: Cost) -> Cost:
+    return replace(cost, latency_ms=None, latency_source="")
 
 
 def _form(program: Program) -> str:

@@ -49,6 +49,10 @@ class Interactions:
             share = np.divide(left, self._base, out=np.ones(len(names)), where=self._base > 0)
             self._removed[owner] = (1 - share) / (self._saved[index] or 1.0)
 
+    def total(self, chosen: Sequence[int]) -> float:
+        """Return what a choice saves in all."""
+        return float(self._base.sum() - self._left(chosen).sum())
+
     def saved(self, chosen: Sequence[int]) -> tuple[list[float], float]:
         """Return what each offer would save beside the others of a choice, and their total.
 
@@ -59,20 +63,23 @@ class Interactions:
             For each offer what it saves where no other level of its target is chosen; and what the
             choice saves in all.
         """
-        shares = {self._owners[index]: self._share(index) for index in chosen}
-        left = self._base.copy()
-        for share in shares.values():
-            left = left * share
-        amounts = []
-        for index, owner in enumerate(self._owners):
-            others = left
-            if owner in shares:
-                others = self._base.copy()
-                for other, share in shares.items():
-                    if other != owner:
-                        others = others * share
-            amounts.append(float((others * (1 - self._share(index))).sum()))
+        left = self._left(chosen)
+        beside = {
+            self._owners[index]: self._left([other for other in chosen if other != index])
+            for index in chosen
+        }
+        amounts = [
+            float(((1 - self._share(index)) * beside.get(owner, left)).sum())
+            for index, owner in enumerate(self._owners)
+        ]
         return amounts, float(self._base.sum() - left.sum())
+
+    def _left(self, chosen: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Return what a choice leaves of every operation."""
+        left: np.ndarray[tuple[int], np.dtype[np.float64]] = self._base.copy()
+        for index in chosen:
+            left *= self._share(index)
+        return left
 
     def _share(self, index: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Return what an offer leaves of every operation."""

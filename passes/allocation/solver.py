@@ -113,10 +113,14 @@ class Solver:
                 break
         return min(found, key=lambda choice: _rank(choice, resource, tolerance))
 
-    def is_close(self, choice: Choice, budget: Budget) -> bool:
-        """Say whether a choice meets the budget and stays no further below it than tolerated."""
+    def is_close(self, amount: float, choice: Choice, budget: Budget) -> bool:
+        """Say whether an amount meets a choice's budget and is no further below it than tolerated.
+
+        A choice that is further below it itself is no worse for another one that is so too.
+        """
         least = (1 - _TOLERANCES[budget.resource]) * choice.allowed
-        return choice.met and spent(choice.cost, budget.resource) >= least
+        least = min(least, spent(choice.cost, budget.resource))
+        return least <= amount <= choice.allowed * (1 + 1e-9)
 
     def _beside(
         self, resource: Resource, choice: Choice, most: float, least: float
@@ -129,12 +133,9 @@ class Solver:
             most: The amount that may be spent.
             least: Spend no less, if the levels allow it.
         """
-        if resource not in self._interactions:
-            self._interactions[resource] = Interactions(self.offers, self.dry_run, resource)
-        model = self._interactions[resource]
+        model = self._model(resource)
         dense = spent(self.dry_run.dense, resource)
-        _, predicted = model.saved(choice.chosen)
-        error = dense - spent(choice.cost, resource) - predicted
+        error = dense - spent(choice.cost, resource) - model.total(choice.chosen)
         chosen = choice.chosen
         for moves in range(_INNER_ROUNDS, 0, -1):
             amounts, total = model.saved(chosen)
@@ -145,10 +146,24 @@ class Solver:
             if found is None:
                 return None
             chosen = found
-            spends = dense - error - model.saved(chosen)[1]
+            spends = dense - error - model.total(chosen)
             if least <= spends <= most:
                 break
         return chosen
+
+    def predicted(self, resource: Resource, choice: Choice, chosen: Sequence[int]) -> float:
+        """Return what a choice is predicted to spend, from another one and its dry run.
+
+        Operations only, parameters or bytes: how changes act on each other is known of those.
+        """
+        model = self._model(resource)
+        less = model.total(chosen) - model.total(choice.chosen)
+        return spent(choice.cost, resource) - less
+
+    def _model(self, resource: Resource) -> Interactions:
+        if resource not in self._interactions:
+            self._interactions[resource] = Interactions(self.offers, self.dry_run, resource)
+        return self._interactions[resource]
 
     def select(self, resource: Resource, most: float, least: float) -> tuple[int, ...] | None:
         """Return the choice that is predicted to lose least within an amount, None if none is.

@@ -34,7 +34,7 @@ class Swaps:
 
         Args:
             solver: Knows the offers and what they save.
-            choice: Where to start, with its measured loss.
+            choice: Where to start, with its measured loss and what its dry run costs.
             budget: What the choice met.
             measure: Measures losses.
             seed: Orders swaps of equal predicted gain.
@@ -44,38 +44,38 @@ class Swaps:
         self._measure = measure
         self._seed = seed
         self._seen = {choice.chosen}
+        self._start = choice
         self._best = choice
+        self.found: list[Choice] = []
+        """The better choices, each with a lower loss than the one before."""
 
-    def run(self) -> Iterator[Choice]:
-        """Measure swaps, the most promising first; yield the best choice so far after each.
+    def run(self) -> Iterator[int]:
+        """Measure swaps, the most promising first; yield how many were tried after each.
 
-        It ends after `MOST_SWAPS`, or when none helped for a while.
+        What they spend is predicted: making them all takes too long. It ends after `MOST_SWAPS`,
+        or when none helped for a while.
         """
         failed = 0
         waiting = self._candidates()
-        for _ in range(MOST_SWAPS):
+        for tried in range(1, MOST_SWAPS + 1):
             chosen = next(waiting, None)
             if chosen is None or failed == _PATIENCE:
                 return
             self._seen.add(chosen)
             loss = self._measure(chosen)
             failed += 1
-            better = self._fitting(chosen) if loss < self._best.loss else None
-            if better is not None:
-                self._best = replace(better, loss=loss)
+            if loss < self._best.loss:
+                self._best = replace(self._start, chosen=chosen, loss=loss)
+                self.found.append(self._best)
                 waiting = self._candidates()
                 failed = 0
-            yield self._best
+            yield tried
 
-    def _fitting(self, chosen: tuple[int, ...]) -> Choice | None:
-        """Return a choice that is within the budget and close to it, None if it is not.
-
-        Times are taken from the solver's prediction: measuring every swap would take too long.
-        """
+    def _spends(self, chosen: Sequence[int]) -> float:
+        """Return what a choice is predicted to spend; times are those of the start."""
         if self._budget.resource == "latency":
-            return replace(self._best, chosen=chosen)
-        choice = self._solver.realized(self._best, chosen, self._budget)
-        return choice if self._solver.is_close(choice, self._budget) else None
+            return spent(self._start.cost, "latency")
+        return self._solver.predicted(self._budget.resource, self._start, chosen)
 
     def _candidates(self) -> Iterator[tuple[int, ...]]:
         """Yield the choices one swap away that were not tried, the most promising first."""
@@ -83,7 +83,7 @@ class Swaps:
         saved = self._solver.saved(self._budget.resource)
         ladders = _ladders(offers, saved, self._solver.unfit)
         present = {owner_of(offers[index].candidate): index for index in chosen}
-        spare = spent(self._best.cost, self._budget.resource) - self._best.allowed
+        spare = self._spends(chosen) - self._start.allowed
         draw = random.Random(self._seed)
         swaps: list[tuple[float, float, set[int], set[int]]] = []
         for given, milder in _steps_down(ladders, present):
@@ -101,7 +101,11 @@ class Swaps:
                     swaps.append((loss, draw.random(), gone, come))
         for _, _, gone, come in sorted(swaps, key=lambda swap: swap[:2]):
             result = tuple(sorted(set(chosen) - gone | come))
-            if result not in self._seen and _compatible(offers, result, come):
+            if (
+                result not in self._seen
+                and _compatible(offers, result, come)
+                and self._solver.is_close(self._spends(result), self._start, self._budget)
+            ):
                 yield result
 
 
