@@ -11,6 +11,9 @@ __all__ = ["GramAccumulator"]
 
 _SUMS = ("total", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
 
+_CONSTANT = 2.0**-40
+"""Variance, as a share of the second moment, up to which a channel is taken for constant."""
+
 
 class GramAccumulator:
     """Sums `X^T X`, `X^T Y`, `Y^2` and the means of rows `X` and targets `Y`, batch by batch.
@@ -115,10 +118,17 @@ class GramAccumulator:
         """Centered Gram matrix of the inputs, per unit of row weight [channels, channels].
 
         Centering is the same as a constant column in the design matrix: it is what lets a
-        repair absorb means in the bias.
+        repair absorb means in the bias. A channel that varies by less than a millionth of its size
+        does not vary: what the difference leaves of it is rounding.
         """
         mean = self.mean_x
-        return (self._sum_xx / self._weight_seen()).addr_(mean, mean, alpha=-1)
+        result = self._sum_xx / self._weight_seen()
+        smallest = _CONSTANT * result.diagonal()
+        result.addr_(mean, mean, alpha=-1)
+        constant = result.diagonal() <= smallest
+        result[constant] = 0.0
+        result[:, constant] = 0.0
+        return result
 
     @property
     def cross_covariance(self) -> Tensor:

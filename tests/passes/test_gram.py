@@ -43,6 +43,19 @@ def test_products_are_formed_in_float64() -> None:
     assert gram.covariance.item() == 0.25
 
 
+def test_channels_that_do_not_vary_have_no_variance() -> None:
+    """Else the difference of second moments leaves noise, which may be negative."""
+    x = torch.full((100, 8), 0.3) + 1e-8 * rows(100, 8, 0)
+    x[:, 5:] = rows(100, 3, 1)
+    gram = GramAccumulator(8)
+    gram.update(x)
+    assert bool((gram.covariance[:5] == 0).all())
+    assert bool((gram.covariance[:, :5] == 0).all())
+    joint = torch.cov(x.double().T, correction=0)
+    assert_same(gram.covariance[5:, 5:], joint[5:, 5:], 100, x.abs().max().item() ** 2)
+    torch.linalg.cholesky(gram.covariance + 1e-12 * torch.eye(8, dtype=torch.float64))
+
+
 def test_masked_rows_do_not_count() -> None:
     x, y = rows(12, 4, 2).view(3, 4, 4), rows(12, 2, 3).view(3, 4, 2)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
