@@ -13,6 +13,9 @@ from torch import Tensor
 from .gram import GramAccumulator
 from .least_squares import damped, relative
 
+_TINY = 1e-150
+"""Takes the place of singular values of 0, whose vectors stand for nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
@@ -39,19 +42,18 @@ class Whitened:
         weight: [outputs, channels], float64.
         bias: [outputs], float64, or none.
         mean_x: Mean input [channels].
-        root: Lower triangular root of the covariance [channels, channels].
-        left: Left singular vectors of weight @ root [outputs, full rank].
+        left: Left singular vectors of the weight times the root of the inputs' covariance
+            [outputs, full rank].
         values: Its singular values [full rank], descending.
-        right: Its right singular vectors [full rank, channels].
+        projected: left^T weight [full rank, channels].
     """
 
     weight: Tensor
     bias: Tensor | None
     mean_x: Tensor
-    root: Tensor
     left: Tensor
     values: Tensor
-    right: Tensor
+    projected: Tensor
 
     def factors(self, rank: int) -> Factors:
         """Return the factors of a rank and their predicted error.
@@ -62,11 +64,10 @@ class Whitened:
         outputs, channels = self.weight.shape
         if not 1 <= rank <= min(outputs, channels):
             raise ValueError(f"expected 1 <= rank <= {min(outputs, channels)}, got rank {rank}")
-        share = self.values[:rank].sqrt()
-        up = self.left[:, :rank] * share
-        whitened = share[:, None] * self.right[:rank]
-        down = torch.linalg.solve_triangular(self.root, whitened, upper=False, left=False)
-        lost = (self.weight - up @ down) @ self.mean_x
+        # With W S = U diag(s) V^T, diag(s_r) V_r^T S^-1 = U_r^T W: nothing is to be inverted.
+        share = self.values[:rank].sqrt().clamp_min(_TINY)
+        up, down = self.left[:, :rank] * share, self.projected[:rank] / share[:, None]
+        lost = self.weight @ self.mean_x - up @ (down @ self.mean_x)
         energy = self.values.square()
         return Factors(
             down=down,
@@ -101,13 +102,37 @@ def whiten(
     covariance = statistics.covariance
     dense = weight.detach().to(covariance)
     root = torch.linalg.cholesky(damped(covariance, damping))
-    left, values, right = torch.linalg.svd(dense @ root, full_matrices=False)
+    return decomposed(dense, bias, statistics.mean_x, root)
+
+
+def decomposed(
+    weight: Tensor, bias: Tensor | None, mean_x: Tensor, root: Tensor | None
+) -> Whitened:
+    """Decompose a layer for inputs of a covariance.
+
+    From the eigenvectors of the smaller Gram matrix, several times as fast as singular vectors:
+    float64 leaves of singular values below 1e-8 of the largest nothing but noise, whose squares
+    no error shows.
+
+    Args:
+        weight: [outputs, channels], float64.
+        bias: [outputs] or none.
+        mean_x: Mean input [channels], float64.
+        root: A root of the covariance [channels, channels]; None for white inputs.
+    """
+    scaled = weight if root is None else weight @ root
+    outputs, channels = weight.shape
+    if outputs <= channels:
+        squares, left = torch.linalg.eigh(scaled @ scaled.t())
+    else:
+        squares, right = torch.linalg.eigh(scaled.t() @ scaled)
+        left = scaled @ right / squares.clamp_min(0).sqrt().clamp_min(_TINY)
+    values, left = squares.clamp_min(0).sqrt().flip(0), left.flip(1)
     return Whitened(
-        weight=dense,
-        bias=None if bias is None else bias.detach().to(covariance),
-        mean_x=statistics.mean_x,
-        root=root,
+        weight=weight,
+        bias=None if bias is None else bias.detach().to(weight),
+        mean_x=mean_x,
         left=left,
         values=values,
-        right=right,
+        projected=left.t() @ weight,
     )

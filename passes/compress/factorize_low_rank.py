@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -44,7 +43,7 @@ from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program
 from graphopt.passes.replaceability import left_dense
 from graphopt.passes.uniform_share import largest_share
-from graphopt.passes.whitening import Factors, Whitened, whiten
+from graphopt.passes.whitening import Factors, Whitened, decomposed, whiten
 
 _MOST_LEVELS = 8
 
@@ -319,16 +318,7 @@ def _factors(program: Program, change: Change, context: Context) -> Factors:
 def _decomposed(layer: LinearLayer) -> Whitened:
     """Return a layer decomposed as if its inputs were white, around zero."""
     weight = layer.matrix.double()
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return Whitened(
-        weight=weight,
-        bias=None if layer.bias is None else layer.bias.detach().double(),
-        mean_x=weight.new_zeros(layer.in_features),
-        root=torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device),
-        left=left,
-        values=values,
-        right=right,
-    )
+    return decomposed(weight, layer.bias, weight.new_zeros(layer.in_features), None)
 
 
 def _full_rank(layer: LinearLayer) -> float:
