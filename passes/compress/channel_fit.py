@@ -131,8 +131,12 @@ class ChannelFit:
         for member in group.members:
             if member.role in ("producer", "consumer"):
                 value = attribute_of(self.program, member.parameter).detach().double()
-                norms = value.movedim(member.dim, -1).reshape(-1, value.shape[member.dim])
-                weights.append(torch.stack([norms[:, unit].norm() for unit in member.units()]))
+                squares = value.square().movedim(member.dim, -1)
+                squares = squares.reshape(-1, value.shape[member.dim]).sum(0)
+                owners = torch.tensor(member.owners, device=value.device)
+                sums = squares.new_zeros(group.size)
+                sums.index_add_(0, owners[owners >= 0], squares[owners >= 0])
+                weights.append(sums.sqrt())
         return magnitude_scores(weights)
 
 

@@ -42,6 +42,7 @@ from graphopt.passes.dense_form import dense_form, remember_dense
 from graphopt.passes.details import read_details
 from graphopt.passes.errors import PreconditionError
 from graphopt.passes.facts import facts_of
+from graphopt.passes.latest import latest
 from graphopt.passes.linear_layers import LinearLayer, linear_layers
 from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program
@@ -236,10 +237,9 @@ class QuantizeWeights(Pass):
         scheme = scheme_of(change)
         key = f"{self} at {change.target}: {scheme} with {id(context.calibration)}"
 
-        def compute(current: Program) -> LayerRounding:
+        def compute() -> LayerRounding:
             return round_layer(
-                current, change, context, compensate=self.rounding, smooth=self.smooth
+                program, change, context, compensate=self.rounding, smooth=self.smooth
             )
 
-        rounding: LayerRounding = program.fact(key, compute)
-        return rounding
+        return latest(program, "rounded layer", key, compute)

@@ -16,6 +16,8 @@ __all__ = ["clipped_scales", "round_compensated", "round_nearest", "stood_for"]
 
 _SHRINKS = torch.linspace(1.0, 0.5, 26).tolist()
 _BLOCK = 64
+_CACHED = 2**15
+"""Weights whose scales are searched at once."""
 
 
 def clipped_scales(
@@ -36,6 +38,15 @@ def clipped_scales(
     """
     groups = matrix.detach().double().unflatten(1, (-1, group_size or matrix.shape[1]))
     weights = torch.ones_like(groups[:1]) if power is None else power.double().view_as(groups[:1])
+    # Rows are independent; few at a time stay in the processor's cache.
+    rows = max(1, _CACHED // matrix.shape[1])
+    scales = torch.cat([_best_scales(part, bits, weights) for part in groups.split(rows)])
+    scales = scales.squeeze(2)
+    return scales if group_size else scales[:, 0]
+
+
+def _best_scales(groups: Tensor, bits: int, weights: Tensor) -> Tensor:
+    """Return the best scale of each group [rows, groups, 1] of weights [rows, groups, channels]."""
     # Rows of zeros stay zeros.
     largest = groups.abs().amax(2, keepdim=True)
     widest = torch.where(largest == 0, 1.0, largest) / largest_integer(bits)
@@ -43,12 +54,11 @@ def clipped_scales(
     scales = widest
     for shrink in _SHRINKS:
         tried = widest * shrink
-        error = (_nearest(groups, tried, bits) * tried - groups).square().mul_(weights)
+        error = _nearest(groups, tried, bits).mul_(tried).sub_(groups).square_().mul_(weights)
         total = error.sum(2, keepdim=True)
         scales = torch.where(total < best, tried, scales)
         best = torch.minimum(best, total)
-    scales = scales.squeeze(2)
-    return scales if group_size else scales[:, 0]
+    return scales
 
 
 def round_nearest(matrix: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -36,6 +36,7 @@ from graphopt.passes.dense_form import dense_form, remember_dense
 from graphopt.passes.details import read_details
 from graphopt.passes.errors import PreconditionError
 from graphopt.passes.facts import facts_of, total_cost
+from graphopt.passes.latest import latest
 from graphopt.passes.linear_layers import LinearLayer, linear_layers
 from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program
@@ -311,17 +312,16 @@ class SparsifyBlocks(Pass):
         """Return what a change makes of its layer, computed once for `settle` and `transfer`."""
         key = f"{self} at {change.target}: {change.details} with {id(context.calibration)}"
 
-        def compute(current: Program) -> BlockChoice:
+        def compute() -> BlockChoice:
             return choose_blocks(
-                current,
+                program,
                 change,
                 context.calibration,
                 by_obs=self.scores != "magnitude",
                 damping=self.damping if self.repair else None,
             )
 
-        choice: BlockChoice = program.fact(key, compute)
-        return choice
+        return latest(program, "choice of blocks", key, compute)
 
 
 def _with_units(
