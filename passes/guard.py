@@ -185,7 +185,7 @@ class GuardCheck:
             )
         score = None
         if guard.score is not None and not failures:
-            score, sentence, fails = self._scored(program)
+            score, sentence, fails = self.scored(program)
             (failures if fails else facts).append(sentence)
         return Verdict(
             ok=not failures,
@@ -194,6 +194,19 @@ class GuardCheck:
             cosine=found.cosine,
             score=score,
         )
+
+    def scored(self, program: Program) -> tuple[float | None, str, bool]:
+        """Return the score, a sentence about it, and whether it is too low; for guards with one."""
+        guard = self.guard
+        assert guard.score is not None
+        assert self.score is not None
+        score = guard._score(program)
+        if isinstance(score, str):
+            return None, score, True
+        change = f"the score {score_name(guard.score)} went from {self.score:g} to {score:g}"
+        if not score >= self.score - guard.max_drop:
+            return score, f"{change}, a drop of more than the {guard.max_drop:g} allowed", True
+        return score, change, False
 
     def record(self, verdict: Verdict) -> GuardRecord:
         """Return a verdict with what was asked for, as a plan stores it."""
@@ -209,19 +222,6 @@ class GuardCheck:
             score_before=self.score,
             score_after=verdict.score,
         )
-
-    def _scored(self, program: Program) -> tuple[float | None, str, bool]:
-        """Return the score, a sentence about it, and whether it is too low."""
-        guard = self.guard
-        assert guard.score is not None
-        assert self.score is not None
-        score = guard._score(program)
-        if isinstance(score, str):
-            return None, score, True
-        change = f"the score {score_name(guard.score)} went from {self.score:g} to {score:g}"
-        if not score >= self.score - guard.max_drop:
-            return score, f"{change}, a drop of more than the {guard.max_drop:g} allowed", True
-        return score, change, False
 
 
 @dataclass(frozen=True, kw_only=True)

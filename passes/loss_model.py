@@ -99,8 +99,40 @@ class LossModel:
         if self._is_meta:
             return sum(candidate.loss or 0.0 for _, candidate in chosen)
         probe = self._prepared()
-        with self._made(chosen) as program:
+        with self.made(chosen) as program:
             return probe.loss(program) - probe.dense_loss
+
+    @contextmanager
+    def made(self, chosen: Sequence[tuple[Pass, Candidate]]) -> Iterator[Program]:
+        """Make changes for a while, as `measure` does; yield the program that has them."""
+        files: list[Path] = []
+        structural: list[tuple[Pass, Change]] = []
+        for step, candidate in chosen:
+            path = self._deltas.path(step, candidate.change)
+            if not path.exists():
+                deltas = delta_of(self._program, step, candidate.change, self._context)
+                if deltas is None:
+                    structural.append((step, candidate.change))
+                    continue
+                self._deltas.save(step, candidate.change, deltas)
+            files.append(path)
+        with added(self._program, files):
+            if not structural:
+                yield self._program
+                return
+            # The twin has the same modules and another graph, so that facts of this one stay.
+            twin = self._program.of_copy(self._program.model)
+            twin.graph = copied_graph(self._program.graph)
+            twin.changed()
+            snapshot = Snapshot(twin)
+            try:
+                for step, change in structural:
+                    state = step.transfer(twin, change, self._context)
+                    step.apply(twin, change)
+                    load_state(twin, state)
+                yield twin
+            finally:
+                snapshot.restore()
 
     @property
     def _is_meta(self) -> bool:
@@ -136,35 +168,3 @@ class LossModel:
         """Return the proxy of weights without values: all of them count alike."""
         total = max(total_cost(self._program).flops, 1)
         return max(0, candidate.before.flops - candidate.after.flops) / total
-
-    @contextmanager
-    def _made(self, chosen: Sequence[tuple[Pass, Candidate]]) -> Iterator[Program]:
-        """Make changes for a while; yield the program that has them."""
-        files: list[Path] = []
-        structural: list[tuple[Pass, Change]] = []
-        for step, candidate in chosen:
-            path = self._deltas.path(step, candidate.change)
-            if not path.exists():
-                deltas = delta_of(self._program, step, candidate.change, self._context)
-                if deltas is None:
-                    structural.append((step, candidate.change))
-                    continue
-                self._deltas.save(step, candidate.change, deltas)
-            files.append(path)
-        with added(self._program, files):
-            if not structural:
-                yield self._program
-                return
-            # The twin has the same modules and another graph, so that facts of this one stay.
-            twin = self._program.of_copy(self._program.model)
-            twin.graph = copied_graph(self._program.graph)
-            twin.changed()
-            snapshot = Snapshot(twin)
-            try:
-                for step, change in structural:
-                    state = step.transfer(twin, change, self._context)
-                    step.apply(twin, change)
-                    load_state(twin, state)
-                yield twin
-            finally:
-                snapshot.restore()

@@ -104,12 +104,12 @@ class Allocator:
             KeyboardInterrupt: if losses were interrupted before the budget could be met.
         """
         self._check(budget, guard)
-        limit = math.inf if guard is None else _loss_limit(guard)
+        fits = self._expectation(guard)
         budget = budget or self._least()
         choice, notes = self._improved(self._solver.solve(budget), budget)
         wanted = choice
-        if choice.loss > limit:
-            budget = self._weaker(choice, budget, limit)
+        if not fits(choice.chosen):
+            budget = self._weaker(choice, budget, fits)
             choice, more = self._improved(self._solver.solve(budget), budget)
             notes += more
         if self._notes and not choice.met:
@@ -228,24 +228,50 @@ class Allocator:
         changes = [offer.offered.change for offer in offers]
         found = self._journal.loss(changes)
         if found is None:
-            found = self._losses.measure([(offer.step, offer.candidate) for offer in offers])
+            found = self._losses.measure(self._pairs(chosen))
             self._journal.add_loss(changes, found)
         return found
+
+    def _pairs(self, chosen: tuple[int, ...]) -> list[tuple[Pass, Candidate]]:
+        offers = (self._offers[index] for index in chosen)
+        return [(offer.step, offer.candidate) for offer in offers]
 
     def _least(self) -> Budget:
         """Return a budget that nothing meets: of time where it is measured, else of FLOPs."""
         resource: Resource = "flops" if self._context.costs is None else "latency"
         return Budget(resource=resource, amount=1e-9, relative=True)
 
-    def _weaker(self, choice: Choice, budget: Budget, limit: float) -> Budget:
-        """Return the smallest budget whose choice is expected to lose no more than a limit."""
+    def _expectation(self, guard: Guard | None) -> Callable[[tuple[int, ...]], bool]:
+        """Return what says whether a choice is expected to satisfy a guard."""
+        limit = math.inf if guard is None else _loss_limit(guard)
+        check = None
+        if guard is not None and guard.score is not None and self._losses is not None:
+            check = guard.prepare(self._program, [self._program.example])
+
+        def fits(chosen: tuple[int, ...]) -> bool:
+            if not chosen:
+                return True
+            if self._measured(chosen) > limit:
+                return False
+            if check is None or self._losses is None:
+                return True
+            with self._losses.made(self._pairs(chosen)) as program:
+                _, _, fails = check.scored(program)
+            return not fails
+
+        return fits
+
+    def _weaker(
+        self, choice: Choice, budget: Budget, fits: Callable[[tuple[int, ...]], bool]
+    ) -> Budget:
+        """Return the smallest budget whose choice is expected to fit a guard."""
         resource = budget.resource
         low, high = spent(choice.cost, resource), spent(self.dense, resource)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             chosen = self._solver.select(resource, middle, 0.98 * middle)
-            fits = chosen is not None and self._measured(chosen) <= limit
-            low, high = (low, middle) if fits else (middle, high)
+            fitting = chosen is not None and fits(chosen)
+            low, high = (low, middle) if fitting else (middle, high)
         return Budget(resource=resource, amount=high, relative=False)
 
     def _misses(self, choice: Choice, wanted: Choice, budget: Budget) -> list[Miss]:
@@ -284,6 +310,8 @@ class Allocator:
                 other.shared
             ):
                 return f"{other.change.pass_name} loses less here: {other.change.summary}"
+        if not choice.met:
+            return "left as it is: the cheapest choice that was found is without it"
         share = budget.allowed(self.dense) / spent(self.dense, budget.resource)
         return f"left as it is: at {share:.0%} of the {budget.resource} the rest loses less"
 

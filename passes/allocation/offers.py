@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +22,10 @@ class Losses(Protocol):
 
     def measure(self, chosen: Sequence[tuple[Pass, Candidate]]) -> float:
         """Return the loss of settled candidates together."""
+        ...
+
+    def made(self, chosen: Sequence[tuple[Pass, Candidate]]) -> AbstractContextManager[Program]:
+        """Make settled candidates for a while; the program that has them."""
         ...
 
 

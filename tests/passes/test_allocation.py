@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +47,9 @@ class CountedLosses:
     def measure(self, chosen: Sequence[tuple[Pass, Candidate]]) -> float:
         self._count()
         return self._model.measure(chosen)
+
+    def made(self, chosen: Sequence[tuple[Pass, Candidate]]) -> AbstractContextManager[Program]:
+        return self._model.made(chosen)
 
     def _count(self) -> None:
         if self.calls == self._stop_after:

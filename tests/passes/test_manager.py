@@ -364,6 +364,38 @@ def test_a_guard_without_a_budget_changes_what_it_allows() -> None:
     assert found[1] < found[0]
 
 
+class Residual(nn.Module):
+    """One block of a deep model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return x + inner
+
+
+def test_a_score_alone_is_spent_on_all_layers_not_on_the_first() -> None:
+    torch.manual_seed(0)
+    current = capture(nn.Sequential(*(Residual() for _ in range(5))).eval(), torch.randn(5, 8))
+    x = torch.randn(64, 8)
+    before = current(x)
+
+    def closeness(changed: Program) -> float:
+        return -relative_error(changed(x), before)
+
+    guard = Guard(score=closeness, max_drop=0.1)
+    plan = solved(current, None, PRUNE, guard=guard).run(current)
+    assert plan.totals is not None
+    assert plan.guard is not None
+    assert plan.guard.score_after is not None
+    assert plan.guard.score_after >= -0.1
+    assert len(plan.changes) == 5
+    # Where every layer is taken as far as it goes and then back, two are given up, and 71 % remain.
+    assert plan.totals.after.flops <= 0.65 * plan.totals.before.flops
+
+
 def test_a_choice_that_no_longer_fits_becomes_a_miss() -> None:
     current = program()
     plan = solved(current, "60%", PRUNE, Forgetful()).run(current)
