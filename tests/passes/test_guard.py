@@ -132,6 +132,10 @@ def test_values_that_are_not_finite_violate_every_limit(program: Program) -> Non
             weight.copy_(before)
 
 
+def test_outputs_of_other_sizes_are_infinitely_far() -> None:
+    assert compare(torch.ones(2, 3), torch.ones(2, 4), None) == (math.inf, -2.0, 2)
+
+
 def test_what_was_not_finite_before_may_stay_so() -> None:
     value = torch.tensor([[1.0, math.inf], [math.nan, 2.0]])
     assert compare(value, value, None) == (0.0, 2.0, 2)

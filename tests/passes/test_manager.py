@@ -396,6 +396,19 @@ def test_a_score_alone_is_spent_on_all_layers_not_on_the_first() -> None:
     assert plan.totals.after.flops <= 0.65 * plan.totals.before.flops
 
 
+def test_a_weaker_level_of_what_the_guard_refuses_is_made() -> None:
+    def keeps_half(current: Program) -> float:
+        return float(current.model.get_parameter("0.weight").shape[0] >= 8)
+
+    units = []
+    for guard in (None, Guard(score=keeps_half)):
+        current = program()
+        plan = solved(current, "30%", PRUNE, guard=guard).run(current)
+        units.append(current.model.get_parameter("0.weight").shape[0])
+    assert units[0] < 8 <= units[1] < 16
+    assert "0.weight" in [record.target for record in plan.changes]
+
+
 def test_a_choice_that_no_longer_fits_becomes_a_miss() -> None:
     current = program()
     plan = solved(current, "60%", PRUNE, Forgetful()).run(current)
