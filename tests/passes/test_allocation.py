@@ -14,9 +14,12 @@ from torch import nn
 
 from graphopt.capture import capture
 from graphopt.passes.allocation.allocator import Allocator
+from graphopt.passes.allocation.dry_run import DryRun
 from graphopt.passes.allocation.frontier import frontier
 from graphopt.passes.allocation.journal import Journal
+from graphopt.passes.allocation.offers import collect_offers
 from graphopt.passes.allocation.selection import conflict
+from graphopt.passes.allocation.solver import Solver
 from graphopt.passes.base import Candidate, Context, Pass
 from graphopt.passes.budget import Budget, parse_budget, spent
 from graphopt.passes.compress.factorize_low_rank import FactorizeLowRank
@@ -136,6 +139,35 @@ def test_swaps_lower_the_measured_loss_within_the_budget(deep: Program) -> None:
     after = solver.allocate(budget, None)
     assert after.loss < 0.95 * before.loss
     assert 0.98 * before.allowed <= after.cost.flops <= before.allowed
+
+
+def test_what_swaps_spend_is_checked_by_a_dry_run(
+    deep: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swaps that are predicted to spend nothing more lower the loss far above the budget."""
+    budget = parse_budget("60%")
+    assert budget is not None
+    monkeypatch.setattr(Solver, "predicted", lambda _, resource, choice, chosen: choice.allowed)
+    solver = allocator(deep, MisjudgedLosses(deep))
+    found = solver.allocate(budget, None)
+    made = DryRun(deep, PASSES, Context(), found.offers, twin_of(deep)).realize(
+        range(len(found.offers))
+    )
+    assert made.cost == found.cost
+    assert 0.98 * budget.allowed(found.dense) <= made.cost.flops <= budget.allowed(found.dense)
+
+
+def test_dry_runs_leave_out_what_does_not_fit(deep: Program) -> None:
+    """Of two ranks of one layer the second is said not to fit, and the rest is made."""
+    offers = collect_offers(deep, PASSES, Context())[0]
+    ranks = [offer for offer in offers if offer.step.name == "factorize-low-rank"][:2]
+    assert ranks[0].candidate.change.target == ranks[1].candidate.change.target
+    other = next(o for o in offers if o.candidate.change.target.startswith("8"))
+    run = DryRun(deep, PASSES, Context(), [*ranks, other], twin_of(deep))
+    made = run.realize([0, 1, 2])
+    assert list(made.unfit) == [1]
+    assert made.cost == run.realize([0, 2]).cost
+    assert made.cost.flops < run.dense.flops
 
 
 def test_the_same_seed_gives_the_same_choice(deep: Program) -> None:

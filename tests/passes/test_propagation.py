@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import fx, nn
@@ -89,6 +91,33 @@ def test_a_plain_attribute_of_a_layer_counts_as_a_change() -> None:
     refresh(program)
     assert shape_of(program.calls("stem")[0]) == (2, 16, 32, 32)
     assert shape_of(program.calls("project_norm")[0]) == (2, 16, 32, 32)
+
+
+class Applied(nn.Module):
+    """A layer whose function is an attribute."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def test_equal_layers_share_a_trace_under_names_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()).eval()
+    program = capture(model, torch.randn(4, 8))
+    model[0], model[2] = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    model[1], model[3] = Applied(torch.relu), Applied(torch.tanh)
+    refresh(program)
+    bodies = [program.calls(str(place))[0].meta["body"] for place in range(4)]
+    read = [[n.target for n in body.nodes if n.op == "get_attr"] for body in bodies]
+    assert read == [["0.weight"], [], ["2.weight"], []]
+    done = [[n.target for n in body.nodes if n.op == "call_function"] for body in bodies]
+    assert done[0] == done[2]
+    assert done[1] == [torch.ops.aten.relu.default]
+    assert done[3] == [torch.ops.aten.tanh.default]
+    assert program.calls("0")[0].meta["val"] is program.calls("2")[0].meta["val"]
 
 
 def test_a_misfit_is_named() -> None:
