@@ -127,14 +127,19 @@ class _Static(_Integers):
     centers: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
+    multipliers: Tensor | None
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__(layer)
+        factors = layer.input_multipliers
+        needed = factors is not None and bool((factors != 1).any())
+        self.register_buffer("multipliers", factors if needed else None)
         self.register_buffer("input_scale", layer.input_scale)
         self.register_buffer("input_zero_point", layer.input_zero_point)
         self.register_buffer("centers", torch.zeros_like(self.scales, dtype=torch.int8))
 
     def product(self, x: Tensor) -> Tensor:
+        x = x if self.multipliers is None else x * self.multipliers
         code = (self.input_scale, self.input_zero_point)
         integers = _operator("QuantizeLinear", (x, *code), torch.uint8, x.shape)
         rounded = _operator("DequantizeLinear", (integers, *code), torch.float32, x.shape)

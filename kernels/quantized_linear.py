@@ -27,6 +27,9 @@ class QuantizedLinear(nn.Module):
     Gradients reach the input and the bias (see `quantized_operator`). Packed forms of the weight
     are derived when they are needed and never saved.
 
+    Static inputs have one scale for all channels, as integer products need it. Channels much larger
+    than others are multiplied by less before they are rounded, and the weight by more.
+
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the output.
@@ -44,6 +47,8 @@ class QuantizedLinear(nn.Module):
         scales: Buffer [out_features] or [out_features, in_features / group_size], float32.
         input_scale: Buffer [], float32, None unless inputs are static.
         input_zero_point: Buffer [], uint8, None unless inputs are static.
+        input_multipliers: Buffer [in_features], float32, None unless inputs are static: what
+            inputs are multiplied by before they are rounded.
         bias: Parameter [out_features] or None.
 
     Raises:
@@ -54,6 +59,7 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    input_multipliers: Tensor | None
 
     def __init__(
         self,
@@ -84,6 +90,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("input_scale", scale)
         zero_point = codes.new_empty((), dtype=torch.uint8) if static else None
         self.register_buffer("input_zero_point", zero_point)
+        ones = torch.ones(in_features, device=device, dtype=torch.float32) if static else None
+        self.register_buffer("input_multipliers", ones)
         values = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.bias = nn.Parameter(values) if values is not None else None
         self.reset_parameters()
@@ -138,7 +146,12 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight that the integers stand for [out_features, in_features], float32."""
-        return dequantize(self.integers, self.scales)
+        weight = dequantize(self.integers, self.scales)
+        return weight if self.input_multipliers is None else weight * self.input_multipliers
+
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """Return what integers stand for where they are those of a dense weight, of its shape."""
+        return weight if self.input_multipliers is None else weight / self.input_multipliers
 
     @property
     def unit_roundoff(self) -> float:
@@ -161,6 +174,7 @@ class QuantizedLinear(nn.Module):
                 f"expected a weight [{self.out_features}, {self.in_features}], "
                 f"got {list(weight.shape)}"
             )
+        weight = self.rounded_weight(weight)
         self.set_integers(*round_weight(weight, self.bits, self.group_size))
         if bias is not None:
             if self.bias is None:
@@ -175,7 +189,7 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def set_input_range(self, low: float, high: float) -> None:
-        """Cover this range of inputs, and zero.
+        """Cover this range of multiplied inputs, and zero.
 
         Raises:
             ValueError: Inputs are not static.
@@ -214,8 +228,9 @@ class QuantizedLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected an input [..., {self.in_features}], got {list(x.shape)}")
+        multiplied = x if self.input_multipliers is None else x * self.input_multipliers
         result = quantized_linear(
-            x.reshape(-1, self.in_features),
+            multiplied.reshape(-1, self.in_features),
             self.codes,
             self.scales,
             self.bias,
@@ -224,7 +239,7 @@ class QuantizedLinear(nn.Module):
             self.bits,
             self.activations,
         )
-        return result.view(*x.shape[:-1], self.out_features)
+        return result.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes and the scheme."""
@@ -236,7 +251,8 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move the layer; scales stay float32, whatever type the rest becomes."""
-        scales = {name: getattr(self, name) for name in ("scales", "input_scale")}
+        names = ("scales", "input_scale", "input_multipliers")
+        scales = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in scales.items():
             after = getattr(self, name)

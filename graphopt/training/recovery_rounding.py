@@ -43,7 +43,8 @@ class RoundedLinear(nn.Module):
         (layer,) = self._quantized
         scales = layer.scales.reshape(layer.out_features, -1, 1)
         largest = largest_integer(layer.bits)
-        groups = self.weight.detach().unflatten(1, (scales.shape[1], -1))
+        weight = layer.rounded_weight(self.weight.detach())
+        groups = weight.unflatten(1, (scales.shape[1], -1))
         lowest = -largest - (layer.bits == 4)
         integers = (groups / scales).round_().clamp_(lowest, largest).flatten(1)
         layer.set_integers(integers.to(torch.int8), layer.scales)

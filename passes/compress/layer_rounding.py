@@ -18,9 +18,12 @@ from graphopt.passes.compress.rounding import (
     round_nearest,
     stood_for,
 )
-from graphopt.passes.compress.smoothing import smoothing_place
+from graphopt.passes.compress.smoothing import evening_factors, smoothing_place
 from graphopt.passes.linear_layers import LinearLayer
 from graphopt.passes.program import Program
+
+_WORTH_MULTIPLYING = 0.8
+"""Multiplying inputs takes time: not for a smaller part of the error than the rest of this."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,20 @@ def round_layer(
     def fitted(factors: Tensor) -> _Fit:
         return _with_data(details, layer, inputs, factors, compensate=compensate)
 
-    plain = fitted(torch.ones_like(inputs.gram.mean_x))
+    ones = torch.ones_like(inputs.gram.mean_x)
+    plain = fitted(ones)
+    multipliers = ones.float()
     others: State = {}
     note = ""
     if smooth and details.activations != "none":
         place = smoothing_place(program, name)
-        if isinstance(place, str):
+        if isinstance(place, str) and details.activations == "static":
+            factors = evening_factors(inputs.largest, smooth)
+            smoothed = fitted(factors)
+            if smoothed.error < _WORTH_MULTIPLYING * plain.error:
+                plain, multipliers = smoothed, (1 / factors).float()
+                note = ", inputs multiplied to be more alike"
+        elif isinstance(place, str):
             note = f", inputs not smoothed: {place}"
         else:
             factors = place.factors(inputs.largest, smooth)
@@ -84,6 +95,8 @@ def round_layer(
                 plain, others = smoothed, place.state(program, factors, without=name)
                 note = f", inputs smoothed in {place.norm}"
     state = {**others, **plain.state(name, details, layer)}
+    if details.activations == "static":
+        state[f"{name}.input_multipliers"] = multipliers.to(layer.weight.device)
     return LayerRounding(state, plain.error, plain.growth, note)
 
 

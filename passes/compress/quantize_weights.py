@@ -154,6 +154,8 @@ class QuantizeWeights(Pass):
         integers = unpack_integers(state[f"{name}.codes"], details.bits)
         matrix = dequantize(integers, state[f"{name}.scales"])
         matrix = matrix.to(layer.matrix) / smoothed_by(program, name, state)
+        if details.activations == "static":
+            matrix = matrix * state[f"{name}.input_multipliers"].to(matrix)
         matrix = layer.matrix + (matrix - layer.matrix) * details.error_growth
         matrix = matrix.to(layer.weight.dtype)
         dense = {f"{name}.{layer.weight_name}": matrix.t() if layer.transposed else matrix}

@@ -63,6 +63,21 @@ class SmoothingPlace:
         return state
 
 
+def evening_factors(largest: Tensor, strength: float) -> Tensor:
+    """Return s [channels], float64: `max |x|^strength`, around 1.
+
+    Of the inputs alone, so that all layers that read the same divide it by the same.
+
+    Args:
+        largest: Largest absolute value of every input [channels].
+        strength: How much of the inputs' spread goes to the weights, from 0 to 1.
+    """
+    found = largest.double() ** strength
+    usable = (found > 0) & torch.isfinite(found)
+    middle = found[usable].log().mean().exp() if usable.any() else 1.0
+    return torch.where(usable, found / middle, 1.0)
+
+
 def smoothed_by(program: Program, name: str, state: Mapping[str, Tensor]) -> Tensor:
     """Return the factors [channels] that new values of a norm move into a layer's weight."""
     norm = str(program.calls(name)[0].all_input_nodes[0].target)

@@ -130,7 +130,12 @@ def test_new_values_are_seen_at_once(scheme: str) -> None:
     assert_close(twin, x)
     assert_close(item, x)
     assert sorted(item.state_dict()) == sorted(
-        ["bias", "codes", "scales", *["input_scale", "input_zero_point"] * (scheme == "static")]
+        [
+            "bias",
+            "codes",
+            "scales",
+            *["input_multipliers", "input_scale", "input_zero_point"] * (scheme == "static"),
+        ]
     )
 
 
@@ -254,3 +259,27 @@ def test_what_does_not_fit_is_refused() -> None:
         layer("dynamic").set_input_range(-1.0, 1.0)
     with pytest.raises(ValueError, match="for 8 bits"):
         layer("dynamic").load_state_dict(layer("4 bits").state_dict())
+
+
+def test_multiplied_inputs_are_rounded_alike_in_onnx(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(6, 64)
+    x[:, :4] *= 50
+    plain = QuantizedLinear.from_dense(dense(), activations="static", input_range=(-200.0, 200.0))
+    item = copy.deepcopy(plain)
+    assert item.input_multipliers is not None
+    item.input_multipliers[:4] = 1 / 10
+    item.requantize(dense().weight)
+    item.set_input_range(-20.0, 20.0)
+    with torch.no_grad():
+        wanted, rounded, multiplied = (module(x) for module in (dense(), plain, item))
+    errors = [float((found - wanted).norm() / wanted.norm()) for found in (rounded, multiplied)]
+    assert errors[1] < errors[0] / 3
+    assert item(x.bfloat16()).dtype is torch.bfloat16
+    path = tmp_path / "layer.onnx"
+    assert graphopt.export_onnx(item, path, x, measure=False).verification.failure is None
+    session = onnxruntime.InferenceSession(path)
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    # Products that round to another integer at a tie differ by a step.
+    step = 40 / 255 * float((item.rounded_weight(item.weight)).abs().max())
+    assert float((torch.from_numpy(result) - multiplied).abs().max()) < step

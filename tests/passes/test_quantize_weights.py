@@ -198,6 +198,31 @@ def test_smoothing_alone_changes_nothing() -> None:
     torch.testing.assert_close(model.gate(model.norm(x.double())), expected)
 
 
+def test_static_inputs_that_no_norm_can_smooth_are_multiplied() -> None:
+    x = inputs()
+    errors: list[float] = []
+    for smooth in (0.0, 0.5):
+        model = outlying(norm_read_too=True)
+        dense = copy.deepcopy(model)
+        context = calibrated(x, ignore=("down",))
+        _, plan = quantized(model, x, context, activations="static", smooth=smooth)
+        up, gate = model.up, model.gate
+        assert isinstance(up, QuantizedLinear)
+        assert isinstance(gate, QuantizedLinear)
+        assert up.input_multipliers is not None
+        assert gate.input_multipliers is not None
+        assert bool((up.input_multipliers != 1).any()) == bool(smooth)
+        assert ("multiplied to be more alike" in plan.changes[0].summary) == bool(smooth)
+        # So that a runtime rounds what both read once.
+        assert torch.equal(up.input_multipliers, gate.input_multipliers)
+        with torch.no_grad():
+            hidden = dense.norm(x)
+            errors.append(relative_error(model.up(hidden), dense.up(hidden)))
+            # The weight is that of inputs as they come.
+            assert relative_error(up.weight, dense.up.weight) < 0.02
+    assert errors[1] < errors[0] / 2
+
+
 def test_why_inputs_are_not_smoothed_is_said() -> None:
     x = inputs()
     _, plan = quantized(outlying(norm_read_too=True), x, calibrated(x))
@@ -280,7 +305,7 @@ def test_offers_claim_the_format_and_leave_the_structure() -> None:
     assert all(item.exclusive == {"up.weight format"} and not item.shared for item in up)
     bytes_before = 4 * (32 * 48 + 48)
     assert [item.before.size_bytes for item in up] == [bytes_before] * 3
-    scales, static = 4 * 48, 4 + 1
+    scales, static = 4 * 48, 4 + 1 + 4 * 32
     assert [item.after.size_bytes for item in up] == [
         32 * 48 + scales + 4 * 48,
         32 * 48 + scales + 4 * 48 + static,
