@@ -18,7 +18,8 @@ from .solver import Choice, Solver
 
 MOST_SWAPS = 200
 _PATIENCE = 24
-"""Swaps that may fail in a row before the choice stands."""
+_LEAST_GAIN = 0.01
+"""Share of the loss that so many swaps in a row must win together; else the choice stands."""
 
 Measure = Callable[[tuple[int, ...]], float]
 """Returns the measured loss of a choice."""
@@ -53,22 +54,21 @@ class Swaps:
         """Measure swaps, the most promising first; yield how many were tried after each.
 
         What they spend is predicted: making them all takes too long. It ends after `MOST_SWAPS`,
-        or when none helped for a while.
+        or when they hardly help any more.
         """
-        failed = 0
+        losses = [self._best.loss]
         waiting = self._candidates()
         for tried in range(1, MOST_SWAPS + 1):
             chosen = next(waiting, None)
-            if chosen is None or failed == _PATIENCE:
+            if chosen is None or _is_stalled(losses):
                 return
             self._seen.add(chosen)
             loss = self._measure(chosen)
-            failed += 1
             if loss < self._best.loss:
                 self._best = replace(self._start, chosen=chosen, loss=loss)
                 self.found.append(self._best)
                 waiting = self._candidates()
-                failed = 0
+            losses.append(self._best.loss)
             yield tried
 
     def _spends(self, chosen: Sequence[int]) -> float:
@@ -107,6 +107,14 @@ class Swaps:
                 and self._solver.is_close(self._spends(result), self._start, self._budget)
             ):
                 yield result
+
+
+def _is_stalled(losses: Sequence[float]) -> bool:
+    """Say whether the last swaps hardly lowered the best loss, of which there is one per swap."""
+    if len(losses) <= _PATIENCE:
+        return False
+    before = losses[-1 - _PATIENCE]
+    return before - losses[-1] <= _LEAST_GAIN * abs(before)
 
 
 def _loss(offers: Sequence[Offer], indices: Iterable[int]) -> float:
