@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
-from pydantic import Field
-from torch import fx, nn
+from torch import nn
 
 from graphopt.kernels.layer_gate import LayerGate
 from graphopt.passes.base import (
@@ -27,72 +26,32 @@ from graphopt.passes.base import (
     State,
     shared_names,
 )
-from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import attribute_of, facts_of, total_cost
-from graphopt.passes.lazy_branches import make_lazy, only_for
+from graphopt.passes.lazy_branches import only_for
 from graphopt.passes.program import Program
 from graphopt.passes.region_times import region_workload
-from graphopt.passes.tokens import Region, residual_stream
+from graphopt.passes.tokens import residual_stream
 
 from .block_influence import block_influences
+from .layer_changes import (
+    Freed,
+    Removal,
+    Skip,
+    freed_parameters,
+    gate_name,
+    insert_gate,
+    read_change,
+    remove_block,
+)
 from .residual_blocks import (
     BLOCK_ORDER,
-    BlockPlace,
     ResidualBlock,
     escaping,
     find_block,
     refusal,
     residual_blocks,
 )
-
-_GATE = "layer_gate"
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-class _Skip(Details):
-    """A region that a gate leaves out in some training steps.
-
-    Attributes:
-        kind: Tells it from a removal.
-        place: Which region.
-        gate: Name of the gate to add to the model.
-        number: Number of the gate, which its draws depend on.
-        rate: Largest probability to leave the region out.
-        plateau: Progress up to which it stays.
-        seed: Seed of the draws.
-    """
-
-    kind: Literal["skip"]
-    place: BlockPlace
-    gate: str
-    number: int = Field(ge=0)
-    rate: float = Field(gt=0, lt=1)
-    plateau: float = Field(ge=0, le=1)
-    seed: int
-
-
-class _Freed(Details):
-    """A parameter that goes with its region."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    trained: bool
-
-
-class _Removal(Details):
-    """A region that is gone.
-
-    Attributes:
-        kind: Tells it from a gate.
-        place: Which region.
-        freed: The parameters that nothing else reads.
-    """
-
-    kind: Literal["remove"]
-    place: BlockPlace
-    freed: tuple[_Freed, ...] = Field(min_length=1)
 
 
 @final
@@ -166,8 +125,8 @@ class GateLayers(Pass):
 
     def reconstruct(self, program: Program, change: Change, state: State) -> State | None:
         """Return zeros for the parameters of a removed block, with which it adds 0."""
-        details = _read(change)
-        if isinstance(details, _Skip):
+        details = read_change(change)
+        if isinstance(details, Skip):
             return {}
         return {
             item.name: torch.zeros_like(attribute_of(program, item.name)) for item in details.freed
@@ -175,7 +134,7 @@ class GateLayers(Pass):
 
     def trains_only(self, change: Change) -> bool:
         """Say whether the change is a gate, which always runs its block in evaluation mode."""
-        return isinstance(_read(change), _Skip)
+        return isinstance(read_change(change), Skip)
 
     def transfer(self, program: Program, change: Change, context: Context) -> State:
         """Return nothing: a gate has no values, and a removal leaves none."""
@@ -183,18 +142,18 @@ class GateLayers(Pass):
 
     def apply(self, program: Program, change: Change) -> None:
         """Put a gate behind the block's add, or the block's entry in its place."""
-        details = _read(change)
+        details = read_change(change)
         region = find_block(program, details.place, change)
-        if isinstance(details, _Skip):
-            _insert_gate(program, region, details)
+        if isinstance(details, Skip):
+            insert_gate(program, region, details)
         else:
-            _remove(program, region, details, change)
+            remove_block(program, region, details, change)
         program.changed()
 
     def restore(self, model: nn.Module, change: Change) -> None:
         """Take the gate away; or give a removed block parameters of zero, with which it adds 0."""
-        details = _read(change)
-        if isinstance(details, _Skip):
+        details = read_change(change)
+        if isinstance(details, Skip):
             owner, _, attribute = details.gate.rpartition(".")
             if not isinstance(getattr(model.get_submodule(owner), attribute, None), LayerGate):
                 raise PlanError(f"the model has no gate {details.gate!r}, which the plan describes")
@@ -224,9 +183,9 @@ class GateLayers(Pass):
             if reason is not None:
                 misses.append(self._miss(block.name, reason))
                 continue
-            gate = _gate_name(program, block.region, taken)
+            gate = gate_name(program, block.region, taken)
             taken.add(gate)
-            details = _Skip(
+            details = Skip(
                 kind="skip",
                 place=block.place,
                 gate=gate,
@@ -275,12 +234,12 @@ class GateLayers(Pass):
 
     def _removable(
         self, program: Program, context: Context, blocks: Sequence[ResidualBlock]
-    ) -> tuple[list[tuple[ResidualBlock, tuple[_Freed, ...]]], list[Miss]]:
+    ) -> tuple[list[tuple[ResidualBlock, tuple[Freed, ...]]], list[Miss]]:
         """Return the blocks that can be removed with their parameters, and why others cannot."""
         misses: list[Miss] = []
-        free: list[tuple[ResidualBlock, tuple[_Freed, ...]]] = []
+        free: list[tuple[ResidualBlock, tuple[Freed, ...]]] = []
         for block in blocks:
-            freed = _freed(program, block.region)
+            freed = freed_parameters(program, block.region)
             reason = _removal_refusal(program, context, block, freed)
             if reason is None:
                 free.append((block, freed))
@@ -289,9 +248,9 @@ class GateLayers(Pass):
         return free, misses
 
     def _removal(
-        self, program: Program, block: ResidualBlock, freed: tuple[_Freed, ...], summary: str
+        self, program: Program, block: ResidualBlock, freed: tuple[Freed, ...], summary: str
     ) -> Candidate:
-        details = _Removal(kind="remove", place=block.place, freed=freed)
+        details = Removal(kind="remove", place=block.place, freed=freed)
         return Candidate(
             change=Change(
                 pass_name=self.name,
@@ -316,11 +275,11 @@ def _timed(
         return candidate
     region = block.region
     work = region_workload(program, [*only_for(region.add, region.entry), region.add])
-    latency_ms = context.costs.latency(work, training=context.training).latency_ms
+    time = context.costs.latency(work, training=context.training)
     return replace(
         candidate,
-        before=replace(candidate.before, latency_ms=latency_ms),
-        after=replace(candidate.after, latency_ms=0.0),
+        before=candidate.before.timed(time.latency_ms, time.source),
+        after=candidate.after.timed(0.0, time.source),
     )
 
 
@@ -345,7 +304,7 @@ def _skip_refusal(
 
 
 def _removal_refusal(
-    program: Program, context: Context, block: ResidualBlock, freed: Sequence[_Freed]
+    program: Program, context: Context, block: ResidualBlock, freed: Sequence[Freed]
 ) -> str | None:
     """Say why a region cannot be removed, None if it can."""
     reason = refusal(program, context, block)
@@ -364,106 +323,8 @@ def _removal_refusal(
     return None
 
 
-def _gate_name(program: Program, region: Region, taken: set[str]) -> str:
-    """Return a free name in the module whose forward adds."""
-    owner = _owner(program, region)[-1]
-    names = (f"{owner}.{_GATE}{end}".lstrip(".") for end in ["", *map(str, range(1, 10**6))])
-    return next(
-        name
-        for name in names
-        if name not in taken and not hasattr(program.module(owner), name.rpartition(".")[2])
-    )
-
-
-def _owner(program: Program, region: Region) -> tuple[str, ...]:
-    """Return the names of the module that gets the gate and of all around it, outermost first.
-
-    It is no container, if there is a choice: those are counted, indexed and called by position.
-    """
-    modules = tuple(region.add.meta["modules"])
-    while len(modules) > 1 and isinstance(program.module(modules[-1]), _CONTAINERS):
-        modules = modules[:-1]
-    return modules
-
-
-def _insert_gate(program: Program, region: Region, details: _Skip) -> None:
-    modules = _owner(program, region)
-    owner, _, attribute = details.gate.rpartition(".")
-    holder = program.module(owner)
-    if owner != modules[-1] or hasattr(holder, attribute):
-        raise PlanError(
-            f"the gate {details.gate!r} does not fit the model; is this plan for another one?"
-        )
-    gate = LayerGate(
-        rate=details.rate, plateau=details.plateau, seed=details.seed, number=details.number
-    )
-    holder.add_module(attribute, gate.train(holder.training))
-    add, graph = region.add, program.graph
-    with graph.inserting_after(add):
-        node = graph.call_module(details.gate, (add,), {"entry": region.entry})
-    calls = tuple(add.meta["calls"])[: len(modules)]
-    # Analyses see the gate as what it is in evaluation mode: its first argument.
-    body = fx.Graph()
-    x = body.placeholder("x")
-    x.meta["val"] = add.meta["val"]
-    body.output(x)
-    node.meta = {"val": add.meta["val"], "modules": modules, "calls": calls, "body": body}
-    make_lazy(node)
-    add.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-
-
-def _remove(program: Program, region: Region, details: _Removal, change: Change) -> None:
-    if _freed(program, region) != details.freed:
-        raise PlanError(
-            f"the parameters of the block at {change.target!r} are not those that the plan frees; "
-            "is this plan for another model?"
-        )
-    dead = only_for(region.add, region.entry)
-    region.add.replace_all_uses_with(region.entry)
-    program.graph.erase_node(region.add)
-    for node in reversed(dead):
-        program.graph.erase_node(node)
-    for freed in details.freed:
-        owner, _, attribute = freed.name.rpartition(".")
-        program.module(owner)._parameters[attribute] = None
-
-
-def _freed(program: Program, region: Region) -> tuple[_Freed, ...]:
-    """Return the parameters that only the region reads."""
-    dead = {*only_for(region.add, region.entry)}
-    facts = facts_of(program)
-
-    def read(nodes: set[fx.Node]) -> set[str]:
-        return {name for node in nodes for name in facts.nodes[node].weights}
-
-    kept = read({node for node in facts.nodes if node not in dead})
-    found = []
-    for name in sorted(read(dead) - kept):
-        parameter = attribute_of(program, name)
-        found.append(
-            _Freed(
-                name=name,
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                trained=parameter.requires_grad,
-            )
-        )
-    return tuple(found)
-
-
 def _spare_flops(program: Program, context: Context) -> float:
     """Return how many operations the budget wants to be gone."""
     if context.budget is None:
         return float("inf")
     return total_cost(program).flops * (1 - context.budget)
-
-
-def _read(change: Change) -> _Skip | _Removal:
-    """Return the checked details of a change.
-
-    Raises:
-        PlanError: if they are not valid.
-    """
-    if change.details.get("kind") == "remove":
-        return read_details(_Removal, change)
-    return read_details(_Skip, change)
