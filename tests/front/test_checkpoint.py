@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from saved_models import layers, pruned
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +21,7 @@ from graphopt import checkpoint, files
 from graphopt.api import optimize
 from graphopt.capture import capture
 from graphopt.checkpoint import densify, load, save, save_dense
-from graphopt.errors import CheckpointError, GraphoptError, PlanError
+from graphopt.errors import CheckpointError, PlanError
 from graphopt.passes.plan import Plan
 from graphopt.passes.structure import flatten
 from graphopt.recipes import load_recipe
@@ -56,30 +55,11 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
 
 
-def layers() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Sequential(nn.Linear(16, 64), nn.ReLU()),
-        nn.Linear(64, 64),
-        nn.GELU(approximate="tanh"),
-        nn.Dropout(0.25),
-        nn.LayerNorm(64, eps=1e-3),
-        nn.Linear(64, 4),
-    )
-
-
 def unchanged(model: nn.Module, example: Any) -> nn.Module:
     """Return a model that runs its graph, with an empty plan."""
     program = capture(model, example)
     plan = Plan(model_class=type(model).__name__, modes=tuple(sorted(program.modes)))
     return install(program, plan).eval()
-
-
-def pruned(model: nn.Module, example: Any = None) -> nn.Module:
-    result = optimize(model, example, recipe=["prune-channels"], budget=0.6, measure=False)
-    installation = installation_of(result)
-    assert installation is not None
-    assert installation.plan.changes
-    return result.eval()
 
 
 def assert_equal_outputs(model: nn.Module, other: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -347,149 +327,3 @@ def test_an_interrupted_save_leaves_what_was_there(
             save(model, tmp_path / target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
-
-
-def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        data = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps(change(data)))
-
-    return damage
-
-
-def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        path = directory / "model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    return damage
-
-
-def edit_change(**fields: Any) -> Callable[[Path], None]:
-    def change(plan: Any) -> Any:
-        plan["changes"][0].update(fields)
-        return plan
-
-    return edit("plan.json", change)
-
-
-def edit_manifest(**fields: Any) -> Callable[[Path], None]:
-    return edit("graphopt.json", lambda data: {**data, **fields})
-
-
-def edit_call(call: Any) -> Callable[[Path], None]:
-    def change(data: Any) -> Any:
-        data["captures"][""]["call"] = call
-        return data
-
-    return edit("graphopt.json", change)
-
-
-def cut(name: str, keep: float) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        data = (directory / name).read_bytes()
-        (directory / name).write_bytes(data[: int(len(data) * keep)])
-
-    return damage
-
-
-def flip_a_bit(directory: Path) -> None:
-    data = bytearray((directory / "model.safetensors").read_bytes())
-    data[-5] ^= 1
-    (directory / "model.safetensors").write_bytes(data)
-
-
-def claim_a_huge_header(directory: Path) -> None:
-    (directory / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-
-
-def link_out(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    path.rename(directory.parent / "elsewhere.safetensors")
-    os.symlink(directory.parent / "elsewhere.safetensors", path)
-
-
-def in_description(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    def edited(data: Any) -> Any:
-        change(data["description"])
-        return data
-
-    return edit("graphopt.json", edited)
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no plan": (lambda d: (d / "plan.json").unlink(), "lacks plan.json"),
-    "plan is cut": (cut("plan.json", 0.5), "not valid JSON"),
-    "plan is newer": (edit("plan.json", lambda p: {**p, "schema_version": 9}), "newer graphopt"),
-    "plan has other keys": (edit("plan.json", lambda p: {**p, "code": "x"}), "code"),
-    "unknown pass": (edit_change(**{"pass": "mine-bitcoin"}), "mine-bitcoin"),
-    "unknown target": (
-        edit_change(target="no.such", details={}),
-        "is the plan for another|details|no.such",
-    ),
-    "manifest is cut": (cut("graphopt.json", 0.5), "JSON"),
-    "manifest is newer": (edit_manifest(schema_version=9), "newer graphopt"),
-    "manifest is a list": (edit("graphopt.json", lambda data: [data]), "damaged"),
-    "unknown base": (edit_manifest(base="pickle"), "damaged: base"),
-    "path in a checksum": (edit_manifest(sha256={"../secret": "0"}), "not a file name"),
-    "absolute path": (edit_manifest(sha256={"/etc/passwd": "0"}), "not a file name"),
-    "strange alias": (edit_manifest(aliases={"0.0.weight": "../x"}), "lacks"),
-    "strange call": (edit_call({"$object": "os.system"}), "not a value"),
-    "another call": (edit_call({"$dict": {"other": 1}}), "forward"),
-    "unknown part": (edit_manifest(captures={}), "do not belong together"),
-    "another class": (
-        in_description(lambda tree: tree["children"]["1"].update({"class": "os.system"})),
-        "not a class of torch.nn",
-    ),
-    "another module's class": (
-        in_description(lambda tree: tree["children"]["1"].update({"class": "linear.Tensor"})),
-        "not a class of torch.nn",
-    ),
-    "method as attribute": (
-        in_description(lambda tree: tree["children"]["1"]["attributes"].update(forward="x")),
-        "not an attribute",
-    ),
-    "unknown function": (
-        in_description(
-            lambda tree: tree["children"]["2"]["attributes"].update(f={"$function": "exec"})
-        ),
-        "not a value",
-    ),
-    "weights are cut": (cut("model.safetensors", 0.7), "not a complete safetensors file"),
-    "weights are empty": (cut("model.safetensors", 0.0), "not a complete safetensors file"),
-    "huge header": (claim_a_huge_header, "not a complete safetensors file"),
-    "flipped bit": (flip_a_bit, "damaged or changed"),
-    "missing tensor": (edit_tensors(lambda t: t.pop("1.bias")), "lacks: 1.bias"),
-    "extra tensor": (edit_tensors(lambda t: t.update(x=torch.ones(1))), "unexpected tensors: x"),
-    "wrong shape": (
-        edit_tensors(lambda t: t.update({"1.bias": torch.ones(3)})),
-        "does not fit the plan: 1.bias",
-    ),
-    "wrong type": (
-        edit_tensors(lambda t: t.update({"5.bias": t["5.bias"].to(torch.int8)})),
-        "5.bias is torch.int8",
-    ),
-    "link out of the directory": (link_out, "leads out of its directory"),
-}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("written") / "out"
-    save(pruned(layers()), directory)
-    return directory
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_found_before_anything_is_used(name: str, written: Path, tmp_path: Path) -> None:
-    damage, message = DAMAGE[name]
-    directory = tmp_path / "out"
-    directory.mkdir()
-    for path in written.iterdir():
-        (directory / path.name).write_bytes(path.read_bytes())
-    damage(directory)
-    with pytest.raises(GraphoptError, match=message):
-        load(directory)

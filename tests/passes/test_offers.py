@@ -99,6 +99,7 @@ def test_the_time_of_a_removed_block_is_measured_once_for_equal_blocks() -> None
     found = pass_named("gate-layers").offer(program, context).candidates
     times = [candidate.before.latency_ms or 0.0 for candidate in found]
     assert all(candidate.after.latency_ms == 0 for candidate in found)
+    assert {c.latency_source for item in found for c in (item.before, item.after)} == {"measured"}
     assert min(times) > 0
     assert times[:2] == times[2:]
 
