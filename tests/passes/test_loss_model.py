@@ -13,6 +13,7 @@ from zoo import find_case, without_dropout
 from graphopt.capture import capture
 from graphopt.passes.base import Candidate, Change, Context, Pass, Proposal, State
 from graphopt.passes.calibration import Calibration
+from graphopt.passes.compress.factorize_low_rank import FactorizeLowRank
 from graphopt.passes.loss_model import LossModel
 from graphopt.passes.program import Program
 from graphopt.passes.registry import pass_named
@@ -205,6 +206,22 @@ def test_without_data_losses_are_proxies_from_weights() -> None:
     for place, values in levels.items():
         assert values == sorted(values), place
         assert values[0] > 0, place
+
+
+def test_a_proxy_is_the_energy_lost_times_the_share_of_the_operations() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 48)).eval()
+    program = capture(model, torch.randn(4, 16))
+    step = FactorizeLowRank(round_to=4)
+    losses = LossModel(program, Context())
+    for candidate in step.offer(program, Context()).candidates:
+        place = int(candidate.change.target)
+        layer = model[place]
+        assert isinstance(layer, nn.Linear)
+        energy = torch.linalg.svdvals(layer.weight.detach().double()).square()
+        lost = float(energy[candidate.change.details["rank"] :].sum() / energy.sum())
+        found = losses.estimate(step, candidate).loss
+        assert found == pytest.approx(lost * {0: 1 / 4, 2: 3 / 4}[place], rel=1e-5)
 
 
 def test_on_the_meta_device_losses_are_shares_of_the_operations() -> None:
