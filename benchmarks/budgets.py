@@ -6,6 +6,9 @@ approximate passes take part, there is no accuracy guard, and losses are estimat
 alone: only the budget is at stake. MiniLM is the real checkpoint, the others have random weights:
 GPT-2 small at 1 x 128 tokens, ViT-S at 4 and ResNet-18 at 4 images of 224 x 224.
 
+Losses are estimated once for all budgets of a model that offer the same changes; `seconds` of the
+first row contain that.
+
 A budget that even the smallest sizes cannot meet is a row with the note that the plan carries.
 
 Model: see `minilm_protocol`.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,13 +88,16 @@ def main(
     models = _models(model)
     for name in only.split(",") if only else models:
         dense, inputs = models[name]()
-        for text in budgets.split(","):
-            row = _row(name, dense, inputs, text, cost_cache)
-            typer.echo(str(row))
-            write_csv(output, [row], environment())
+        with tempfile.TemporaryDirectory() as store:
+            for text in budgets.split(","):
+                row = _row(name, dense, inputs, text, Path(store), cost_cache)
+                typer.echo(str(row))
+                write_csv(output, [row], environment())
 
 
-def _row(name: str, dense: nn.Module, inputs: Example, text: str, cache: Path | None) -> Row:
+def _row(
+    name: str, dense: nn.Module, inputs: Example, text: str, store: Path, cache: Path | None
+) -> Row:
     budget = parse_budget(text)
     assert budget is not None
     start = time.perf_counter()
@@ -99,6 +106,7 @@ def _row(name: str, dense: nn.Module, inputs: Example, text: str, cache: Path | 
         inputs,
         recipe=_recipe(),
         budget=text,
+        calibration_store=store,
         cost_cache=cache,
         measure=budget.resource == "latency",
     )
