@@ -70,11 +70,10 @@ def round_layer(
     sources = list(dict.fromkeys(node.all_input_nodes[0] for node in program.calls(name)))
     inputs = survey(program, calibration, sources)
 
-    def fitted(factors: Tensor) -> _Fit:
+    def fitted(factors: Tensor, *, compensate: bool = False) -> _Fit:
         return _with_data(details, layer, inputs, factors, compensate=compensate)
 
-    ones = torch.ones_like(inputs.gram.mean_x)
-    plain = fitted(ones)
+    chosen = ones = torch.ones_like(inputs.gram.mean_x)
     multipliers = ones.float()
     others: State = {}
     note = ""
@@ -82,22 +81,21 @@ def round_layer(
         place = smoothing_place(program, name)
         if isinstance(place, str) and details.activations == "static":
             factors = evening_factors(inputs.largest, smooth)
-            smoothed = fitted(factors)
-            if smoothed.error < _WORTH_MULTIPLYING * plain.error:
-                plain, multipliers = smoothed, (1 / factors).float()
+            if fitted(factors).error < _WORTH_MULTIPLYING * fitted(ones).error:
+                chosen, multipliers = factors, (1 / factors).float()
                 note = ", inputs multiplied to be more alike"
         elif isinstance(place, str):
             note = f", inputs not smoothed: {place}"
         else:
             factors = place.factors(inputs.largest, smooth)
-            smoothed = fitted(factors)
-            if smoothed.error < plain.error:
-                plain, others = smoothed, place.state(program, factors, without=name)
+            if fitted(factors).error < fitted(ones).error:
+                chosen, others = factors, place.state(program, factors, without=name)
                 note = f", inputs smoothed in {place.norm}"
-    state = {**others, **plain.state(name, details, layer)}
+    fit = fitted(chosen, compensate=compensate)
+    state = {**others, **fit.state(name, details, layer)}
     if details.activations == "static":
         state[f"{name}.input_multipliers"] = multipliers.to(layer.weight.device)
-    return LayerRounding(state, plain.error, plain.growth, note)
+    return LayerRounding(state, fit.error, fit.growth, note)
 
 
 @dataclass(frozen=True)
