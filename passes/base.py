@@ -210,6 +210,13 @@ class Pass(ABC):
         """
         return candidate
 
+    def resized(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
+        """Return the candidate for its target's present sizes, for dry runs: values do not matter.
+
+        A pass whose `settle` is costly, or needs calibration data, says here what it can without.
+        """
+        return self.settle(program, candidate, context)
+
     @abstractmethod
     def transfer(self, program: Program, change: Change, context: Context) -> State:
         """Return the new values of what `apply` makes or resizes; touch nothing."""

@@ -168,14 +168,14 @@ class DryRun:
         """Make the structure of a change; return why it does not fit, None if it does.
 
         It is made as it was settled on the dense program: which values stay costs nothing. Where
-        that does not fit any more, it is settled again.
+        that does not fit any more, it takes the sizes that are there.
         """
         try:
             try:
                 offer.step.apply(program, offer.candidate.change)
             except PlanError:
-                settled = offer.step.settle(program, offer.offered, self._context)
-                offer.step.apply(program, settled.change)
+                resized = offer.step.resized(program, offer.offered, self._context)
+                offer.step.apply(program, resized.change)
         except PlanError as error:
             return str(error)
         return None

@@ -43,7 +43,7 @@ from graphopt.passes.details import read_details
 from graphopt.passes.errors import PreconditionError
 from graphopt.passes.facts import facts_of
 from graphopt.passes.latest import latest
-from graphopt.passes.linear_layers import LinearLayer, linear_layers
+from graphopt.passes.linear_layers import LinearLayer, linear_layer, linear_layers
 from graphopt.passes.output_heads import output_heads
 from graphopt.passes.program import Program
 from graphopt.passes.propagation import refresh
@@ -165,19 +165,26 @@ class QuantizeWeights(Pass):
 
     def settle(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
         """Take the layer's sizes as they are now and predict the error."""
-        layer = dict(linear_layers(program)).get(candidate.change.target)
-        if layer is None:
+        if linear_layer(program, candidate.change.target) is None:
             return candidate
-        name = candidate.change.target
-        before = facts_of(program).cost(program.calls(name))
-        now = candidate_of(self.name, name, layer, before, scheme_of(candidate.change))
-        rounding = self._rounding(program, now.change, context)
-        details = {**now.change.details, "error_growth": rounding.error_growth}
+        now = self.resized(program, candidate, context).change
+        rounding = self._rounding(program, now, context)
+        details = {**now.details, "error_growth": rounding.error_growth}
         return replace(
             candidate,
-            change=replace(now.change, details=details, summary=now.change.summary + rounding.note),
+            change=replace(now, details=details, summary=now.summary + rounding.note),
             predicted_error=rounding.relative_error,
         )
+
+    def resized(self, program: Program, candidate: Candidate, context: Context) -> Candidate:
+        """Take the layer's sizes as they are now, and round nothing."""
+        name = candidate.change.target
+        layer = linear_layer(program, name)
+        if layer is None:
+            return candidate
+        before = facts_of(program).cost(program.calls(name))
+        now = candidate_of(self.name, name, layer, before, scheme_of(candidate.change))
+        return replace(candidate, change=now.change)
 
     def transfer(self, program: Program, change: Change, context: Context) -> State:
         """Return integers, scales and bias, and a smoothed norm with its other readers."""

@@ -17,13 +17,15 @@ from graphopt.passes.allocation.allocator import Allocator
 from graphopt.passes.allocation.dry_run import DryRun
 from graphopt.passes.allocation.frontier import frontier
 from graphopt.passes.allocation.journal import Journal
-from graphopt.passes.allocation.offers import collect_offers
+from graphopt.passes.allocation.offers import Offer, collect_offers
 from graphopt.passes.allocation.selection import conflict
 from graphopt.passes.allocation.solver import Solver
 from graphopt.passes.base import Candidate, Context, Pass
 from graphopt.passes.budget import Budget, parse_budget, spent
+from graphopt.passes.calibration import Calibration
 from graphopt.passes.compress.factorize_low_rank import FactorizeLowRank
 from graphopt.passes.compress.prune_channels import PruneChannels
+from graphopt.passes.compress.quantize_weights import QuantizeWeights
 from graphopt.passes.compress.sparsify_blocks import SparsifyBlocks
 from graphopt.passes.errors import ConfigError
 from graphopt.passes.exact.fold_batch_norm import FoldBatchNorm
@@ -81,6 +83,11 @@ def layers(*widths: int) -> Program:
     for inputs, outputs in pairwise(widths):
         modules += [nn.Linear(inputs, outputs), nn.ReLU()]
     return capture(nn.Sequential(*modules[:-1]).eval(), torch.randn(32, widths[0]))
+
+
+def static_at(offer: Offer, name: str) -> bool:
+    change = offer.candidate.change
+    return change.target == name and change.details.get("activations") == "static"
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +175,21 @@ def test_dry_runs_leave_out_what_does_not_fit(deep: Program) -> None:
     assert list(made.unfit) == [1]
     assert made.cost == run.realize([0, 2]).cost
     assert made.cost.flops < run.dense.flops
+
+
+def test_dry_runs_round_nothing(deep: Program) -> None:
+    """A layer that was pruned gets integers of its new size, without the data that static needs."""
+    steps = (PruneChannels(round_to=1), QuantizeWeights(activations="static"))
+    calibration = Calibration([{"input_1": torch.randn(32, 16)}])
+    context = Context(calibration=calibration)
+    pruned, *_ = collect_offers(deep, steps[:1], context)[0]
+    name = pruned.candidate.change.target.removesuffix(".weight")
+    (step,) = (offer for offer in collect_offers(deep, steps, context)[0] if static_at(offer, name))
+    run = DryRun(deep, steps, context, [pruned, step], twin_of(deep))
+    alone, both = run.realize([0]), run.realize([0, 1])
+    assert not both.unfit
+    assert both.cost.flops == alone.cost.flops
+    assert both.cost.size_bytes < alone.cost.size_bytes
 
 
 def test_the_same_seed_gives_the_same_choice(deep: Program) -> None:
