@@ -109,8 +109,8 @@ class Allocator:
         choice, notes = self._improved(self._solver.solve(budget), budget)
         wanted = choice
         if not fits(choice.chosen):
-            budget = self._weaker(choice, budget, fits)
-            choice, more = self._improved(self._solver.solve(budget), budget)
+            choice, budget = self._within(choice, budget.resource, fits)
+            choice, more = self._improved(choice, budget)
             notes += more
         if self._notes and not choice.met:
             raise KeyboardInterrupt
@@ -261,18 +261,30 @@ class Allocator:
 
         return fits
 
-    def _weaker(
-        self, choice: Choice, budget: Budget, fits: Callable[[tuple[int, ...]], bool]
-    ) -> Budget:
-        """Return the smallest budget whose choice is expected to fit a guard."""
-        resource = budget.resource
+    def _within(
+        self, choice: Choice, resource: Resource, fits: Callable[[tuple[int, ...]], bool]
+    ) -> tuple[Choice, Budget]:
+        """Return the choice that saves most of those expected to fit a guard, and what it spends.
+
+        It is found by halving what is predicted to be spent, so that no noise of a timed dry run
+        decides what is tried.
+
+        Args:
+            choice: One that saves more and does not fit.
+            resource: What is spent.
+            fits: Says whether a choice is expected to fit.
+        """
         low, high = spent(choice.cost, resource), spent(self.dense, resource)
+        best: tuple[int, ...] = ()
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             chosen = self._solver.select(resource, middle, 0.98 * middle)
-            fitting = chosen is not None and fits(chosen)
-            low, high = (low, middle) if fitting else (middle, high)
-        return Budget(resource=resource, amount=high, relative=False)
+            if chosen is not None and fits(chosen):
+                best, high = chosen, middle
+            else:
+                low = middle
+        found = self._solver.spending(best, resource)
+        return found, Budget(resource=resource, amount=found.allowed, relative=False)
 
     def _misses(self, choice: Choice, wanted: Choice, budget: Budget) -> list[Miss]:
         """Return one miss for each target of each pass that is not changed.

@@ -217,6 +217,18 @@ class Solver:
             for offer in self.offers
         ]
 
+    def spending(self, chosen: tuple[int, ...], resource: Resource) -> Choice:
+        """Return a choice that may spend what its dry run costs; times are noisy and may be more.
+
+        Offers that do not fit beside the others are left out.
+        """
+        realized = self.dry_run.realize(chosen, timed=resource == "latency")
+        self.unfit.update(realized.unfit)
+        allowed = spent(realized.cost, resource)
+        if resource == "latency":
+            allowed *= 1 + _TOLERANCES[resource] / 4
+        return self._choice(chosen, realized, resource, allowed)
+
     def realized(self, choice: Choice, chosen: tuple[int, ...], budget: Budget) -> Choice:
         """Return another choice under the same budget, with what its dry run costs."""
         realized = self.dry_run.realize(chosen, timed=budget.resource == "latency")
