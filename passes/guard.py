@@ -113,8 +113,7 @@ class Guard:
 
     def prepared(self, program: Program, batches: Iterable[Mapping[str, Any]]) -> PreparedGuard:
         """Return the same guard, which keeps to what this program does now."""
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
-        return PreparedGuard(**own, made=self.prepare(program, batches))
+        return self.prepare(program, batches).prepared
 
     def _score(self, program: Program) -> float | str:
         """Return the score, or a sentence that says how it failed."""
@@ -165,6 +164,12 @@ class GuardCheck:
             f"rounding alone may cause a drift of {self.rounding:.1e}, "
             f"and no more than {allowed:g} is allowed"
         )
+
+    @property
+    def prepared(self) -> PreparedGuard:
+        """The guard, which keeps to this dense program."""
+        own = {item.name: getattr(self.guard, item.name) for item in fields(Guard)}
+        return PreparedGuard(**own, made=self)
 
     def check(self, program: Program) -> Verdict:
         """Measure the program as it is now.

@@ -94,7 +94,7 @@ class PassManager:
             for step in self.passes:
                 step.note_unread(current)
             self._set_units(current)
-        source = self._source(program, before)
+        source = self._source(program, before, self.guard)
         claimed: dict[str, str] = {}
         steps = self._runnable(program)
         for place, step in enumerate(steps):
@@ -128,9 +128,9 @@ class PassManager:
         for step in self.passes:
             step.note_unread(program)
         self._set_units(program)
-        source = self._source(program, before)
-        verifier = Verifier(program, training=self.context.training) if self.verify else None
         check = self._guard_check(program)
+        source = self._source(program, before, self.guard if check is None else check.prepared)
+        verifier = Verifier(program, training=self.context.training) if self.verify else None
         rewriting = Rewriting(program, check)
         undo: list[tuple[int, Snapshot]] = []
         for place, step in enumerate(self._runnable(program)):
@@ -174,8 +174,8 @@ class PassManager:
         """Let losses be in the units of what the guard allows."""
         program.compares_outputs = self.guard is not None and self.guard.compares_outputs
 
-    def _source(self, program: Program, dense: Cost) -> Source:
-        """Return where the changes come from.
+    def _source(self, program: Program, dense: Cost, guard: Guard | None) -> Source:
+        """Return where the changes come from, with a guard that knows what the dense model does.
 
         Raises:
             ConfigError: if there is no such allocation, or the budget does not go with it.
@@ -188,7 +188,7 @@ class PassManager:
             passes=self._runnable_passes(),
             context=self.context,
             budget=self.budget,
-            guard=self.guard,
+            guard=guard,
             dense=twin_of(program),
             seed=self.seed,
             store=self.store,

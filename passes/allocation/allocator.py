@@ -21,8 +21,6 @@ from .solver import Choice, Solver
 from .swaps import MOST_SWAPS, Swaps
 
 _BISECTIONS = 7
-_MARGIN = 0.9
-"""Share of the drift that a guard allows to aim at: it is checked on other data."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, steps done and steps in all."""
@@ -242,22 +240,23 @@ class Allocator:
         return Budget(resource=resource, amount=1e-9, relative=True)
 
     def _expectation(self, guard: Guard | None) -> Callable[[tuple[int, ...]], bool]:
-        """Return what says whether a choice is expected to satisfy a guard."""
-        limit = math.inf if guard is None else _loss_limit(guard)
-        check = None
-        if guard is not None and guard.score is not None and self._losses is not None:
-            check = guard.prepare(self._program, [self._program.example])
+        """Return what says whether a choice is expected to satisfy a guard.
+
+        The guard itself is asked, with the changes made for a while; without numbers, their losses.
+        """
+        if guard is None:
+            return lambda _: True
+        losses = self._losses
+        if losses is None:
+            limit = _loss_limit(guard)
+            return lambda chosen: self._measured(chosen) <= limit
+        check = guard.prepare(self._program, [self._program.example])
 
         def fits(chosen: tuple[int, ...]) -> bool:
             if not chosen:
                 return True
-            if self._measured(chosen) > limit:
-                return False
-            if check is None or self._losses is None:
-                return True
-            with self._losses.made(self._pairs(chosen)) as program:
-                _, _, fails = check.scored(program)
-            return not fails
+            with losses.made(self._pairs(chosen)) as program:
+                return check.check(program).ok
 
         return fits
 
@@ -333,14 +332,14 @@ class Allocator:
 
 
 def _loss_limit(guard: Guard) -> float:
-    """Return the loss at which the guard is expected to refuse, infinite for a score alone.
+    """Return the loss at which a guard is expected to refuse, infinite for a score alone.
 
     The loss is the squared relative error; rows of equal length with the cosine c are
     sqrt(2 (1 - c)) apart.
     """
     limits = [math.inf]
     if guard.max_drift is not None:
-        limits.append((_MARGIN * guard.max_drift) ** 2)
+        limits.append(guard.max_drift**2)
     if guard.min_cosine is not None:
-        limits.append(_MARGIN**2 * 2 * (1 - guard.min_cosine))
+        limits.append(2 * (1 - guard.min_cosine))
     return min(limits)
