@@ -3,9 +3,9 @@
 The checkpoint is optimized with a recipe and a budget, then `graphopt.recover` trains it on the
 texts alone. Quality is the cosine of mean-pooled sentence embeddings to the dense model's, mean and
 smallest, on texts that nothing else saw: the last 1,000 rows of the data, once as they are (padded)
-and once joined to rows that fill all 128 tokens (full). Calibration reads the first rows; recovery
-trains on rows up to 5,744, half of them padded, half joined, newly drawn in every round, and is
-judged on the 256 rows after those. The table of words is not trained.
+and once joined to rows that fill all 128 tokens (full). Calibration reads the first rows, joined; recovery trains on rows up to 5,744, half of them
+padded, half joined, newly drawn in every round, and is judged on the 256 rows after those. The
+table of words is not trained.
 
 The result is a checkpoint directory, for `minilm_deployment` and for `graphopt export`.
 
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from minilm_protocol import batches, example, read_texts
+from minilm_protocol import read_texts
 from torch import Tensor, nn
 
 import graphopt
@@ -36,6 +36,8 @@ LENGTH = 128
 JUDGED = slice(5744, 6000)
 TRAINED = slice(0, 5744)
 TESTED = slice(6600, 7600)
+_CALIBRATED = 32
+"""Full rows in a calibration batch."""
 _BUCKET = 16
 """Batches of texts among which those of like length are put together."""
 
@@ -130,12 +132,12 @@ def main(
     data: Annotated[Path, typer.Option(help="AG News CSV.")],
     directory: Annotated[Path, typer.Option(help="Where the recovered checkpoint goes.")],
     recipe: Annotated[str, typer.Option(help="Recipe, or passes by comma.")] = "prune-channels",
-    budget: Annotated[str, typer.Option(help="Budget of the recipe.")] = "60%",
+    budget: Annotated[str, typer.Option(help="Budget, empty for the recipe's own.")] = "60%",
     optimized: Annotated[
         Path | None, typer.Option(help="Recover this checkpoint instead of optimizing.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Time for recovery.")] = 15.0,
-    texts: Annotated[int, typer.Option(help="Calibration texts.")] = 256,
+    minutes: Annotated[float, typer.Option(help="Time for recovery, 0 for none.")] = 15.0,
+    texts: Annotated[int, typer.Option(help="Calibration texts, joined to full rows.")] = 600,
     rows: Annotated[int, typer.Option(help="Full rows in a batch.")] = 8,
     learning_rate: Annotated[float, typer.Option()] = 5e-4,
     layerwise: Annotated[float, typer.Option(help="Share of the time for blocks alone.")] = 0.15,
@@ -154,17 +156,27 @@ def main(
     padded, full = list(test.padded(everything)), list(test.joined(everything))
     if optimized is None:
         passes = recipe.split(",")
+        calibration = [
+            batch
+            for batch in Texts(lines[:texts], tokenizer, _CALIBRATED).joined(range(texts))
+            if len(batch["input_ids"]) == _CALIBRATED
+        ]
         cheap = graphopt.optimize(
             dense,
-            example(),
+            calibration[0],
             recipe=recipe if len(passes) == 1 and _is_recipe(recipe) else passes,
-            budget=budget,
-            calibration=batches(lines[:texts], model),
+            budget=budget or None,
+            calibration=calibration,
+            calibration_store=None if store is None else store / "calibration",
+            cost_cache=None if store is None else store / "costs.json",
         )
     else:
         cheap = graphopt.load(optimized)
     before = [cosines(cheap, dense, part) for part in (padded, full)]
     typer.echo(f"before: padded {before[0].mean():.4f}, full {before[1].mean():.4f}")
+    if not minutes:
+        graphopt.save(cheap, directory, source=model)
+        return
     # The table of words was not made cheaper; steps that leave it alone take less time.
     for name, parameter in cheap.named_parameters():
         parameter.requires_grad_(not name.endswith("word_embeddings.weight"))
@@ -179,7 +191,7 @@ def main(
         learning_rate=learning_rate,
         layerwise=layerwise,
         autocast=None if autocast == "float32" else getattr(torch, autocast),
-        store=store,
+        store=None if store is None else store / "recovery",
     )
     report = recovery_of(recovered)
     assert report is not None

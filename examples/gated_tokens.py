@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.emission import block_names
 from graphopt.kernels.token_routers import TokenGate
 from graphopt.passes.gates.gate_tokens import GateTokens
+from graphopt.passes.module_blocks import block_names
 from graphopt.training import ExecutedFlops
 
 _TEXT = (

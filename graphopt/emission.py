@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
+from graphopt.passes.module_blocks import block_names
 from graphopt.passes.program import Program, compile_graph
 
 
@@ -81,24 +82,6 @@ def emit(program: Program, *, present: Mapping[str, int] = MappingProxyType({}))
             )
     code = "\n\n".join([*sections, f"# model\n{root.python_code('self').src.strip()}"])
     return Emission(compile_graph(root), dict(blocks), code)
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """Return the names of the model's blocks: outermost elements of sequences of like modules."""
-    names: list[str] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        children = list(module.named_children())
-        classes = [type(child) for _, child in children if next(child.children(), None)]
-        repeated = isinstance(module, (nn.ModuleList, nn.Sequential))
-        for name, child in children:
-            if repeated and classes.count(type(child)) > 1:
-                names.append(prefix + name)
-            else:
-                visit(child, f"{prefix}{name}.")
-
-    visit(model, "")
-    return names
 
 
 def _block_members(program: Program) -> dict[str, list[fx.Node]]:

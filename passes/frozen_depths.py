@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import fx
 
 from .base import shared_names
 from .facts import facts_of
+from .module_blocks import block_names
 from .program import Program
 from .tokens import Region, residual_stream
 
@@ -21,29 +22,27 @@ class FrozenDepth:
         depth: Number of blocks before it; 0 is the stream's beginning, where nothing is frozen.
         parameters: Names of the parameters that its value depends on, by their first names; a
             tied one (embeddings and output head) is among them.
+        nodes: What is computed before it, and it.
         flops: Operations of one forward up to it, at the example's sizes.
     """
 
     depth: int
     parameters: tuple[str, ...]
+    nodes: frozenset[fx.Node]
     flops: int
 
 
-def frozen_depths(program: Program, blocks: Sequence[str]) -> tuple[FrozenDepth, ...]:
+def frozen_depths(program: Program) -> tuple[FrozenDepth, ...]:
     """Return all depths of a program, 0 first; only that if it has no residual stream.
 
     The stream is the chain of residual adds that does the most work. Its regions that come from
     one block of the module tree (attention and feed-forward of a layer) are one step; elsewhere
     every region is a step.
-
-    Args:
-        program: The program.
-        blocks: Names of the blocks of the module tree.
     """
-    depths = [FrozenDepth(0, (), 0)]
+    depths = [FrozenDepth(0, (), frozenset(), 0)]
     facts = facts_of(program)
     names = {id(parameter): name for name, parameter in program.model.named_parameters()}
-    for depth, end in enumerate(_ends(program, blocks), 1):
+    for depth, end in enumerate(_ends(program), 1):
         before = _ancestors(end)
         found = {
             other
@@ -53,11 +52,11 @@ def frozen_depths(program: Program, blocks: Sequence[str]) -> tuple[FrozenDepth,
         }
         parameters = tuple(name for name in names.values() if name in found)
         flops = sum(facts.nodes[node].forward_flops for node in before)
-        depths.append(FrozenDepth(depth, parameters, flops))
+        depths.append(FrozenDepth(depth, parameters, frozenset(before), flops))
     return tuple(depths)
 
 
-def _ends(program: Program, blocks: Sequence[str]) -> list[fx.Node]:
+def _ends(program: Program) -> list[fx.Node]:
     """Return the value of the stream after each block."""
     facts = facts_of(program)
     chains = residual_stream(program).chains
@@ -66,6 +65,7 @@ def _ends(program: Program, blocks: Sequence[str]) -> list[fx.Node]:
     chain = max(
         chains, key=lambda item: sum(facts.cost(region.nodes).flops for region in item.regions)
     )
+    blocks = frozenset(block_names(program.model))
     steps: dict[object, fx.Node] = {}
     for number, region in enumerate(chain.regions):
         block = _block(region, blocks)
@@ -74,11 +74,10 @@ def _ends(program: Program, blocks: Sequence[str]) -> list[fx.Node]:
     return list(steps.values())
 
 
-def _block(region: Region, blocks: Sequence[str]) -> str | None:
+def _block(region: Region, blocks: Set[str]) -> str | None:
     """Return the call of a block that a region belongs to: "layer.0", "block@1"."""
-    known = set(blocks)
     calls = region.add.meta["calls"]
-    return next((call for call in calls if call.partition("@")[0] in known), None)
+    return next((call for call in calls if call.partition("@")[0] in blocks), None)
 
 
 def _within(end: fx.Node, block: str | None) -> fx.Node:

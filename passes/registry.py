@@ -21,6 +21,7 @@ from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
 from .exact.hoist_frozen_prefix import HoistFrozenPrefix
 from .exact.pack_tokens import PackTokens
+from .gates.freeze_blocks import FreezeBlocks
 from .gates.gate_layers import GateLayers
 from .gates.gate_tokens import GateTokens
 
@@ -29,6 +30,7 @@ P = TypeVar("P", bound=Pass)
 _PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
+        FreezeBlocks,
         HoistFrozenPrefix,
         FoldBatchNorm,
         FuseProjections,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capture import capture
-from graphopt.emission import block_names
 from graphopt.errors import ConfigError, TrainingError
 from graphopt.passes.frozen_depths import FrozenDepth, frozen_depths
 
@@ -138,7 +137,7 @@ def _share(batches: Iterable[Any], share: float) -> list[Any]:
 
 
 def _depths(model: nn.Module, batch: Any) -> tuple[FrozenDepth, ...]:
-    found = frozen_depths(capture(model, batch), block_names(model))
+    found = frozen_depths(capture(model, batch))
     if len(found) == 1:
         raise TrainingError(
             f"expected a model with a residual stream, found none in {type(model).__name__}; "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.emission import block_names
+from graphopt.passes.module_blocks import block_names
 from graphopt.passes.structure import flatten
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from zoo import find_case
 
 from graphopt.capture import capture
-from graphopt.emission import block_names
 from graphopt.errors import ConfigError, TrainingError
 from graphopt.passes.frozen_depths import frozen_depths
 from graphopt.training import DepthProbe, choose_frozen_depth
@@ -42,7 +41,7 @@ def test_a_depth_is_all_that_its_value_depends_on(name: str, below: str, above: 
     case = find_case(name)
     args, kwargs = case.call(3, 9)
     model = case.build()
-    none, first, second = frozen_depths(capture(model, kwargs or args), block_names(model))
+    none, first, second = frozen_depths(capture(model, kwargs or args))
     assert (none.parameters, none.flops) == ((), 0)
     assert below in first.parameters
     assert not [parameter for parameter in first.parameters if parameter.startswith(above)]
@@ -95,7 +94,7 @@ def test_all_that_ran_is_charged() -> None:
     both = probe(model, depths=(1,))
     # Two passes over 8 training and 2 held-out batches; embeddings and heads cost little.
     program = capture(model, BATCHES[0])
-    depths = frozen_depths(program, block_names(model))
+    depths = frozen_depths(program)
     tokens = sum(batch["input_ids"].numel() for batch in BATCHES)
     forward = 2 * depths[2].flops * tokens / BATCHES[0]["input_ids"].numel()
     assert 2 * forward < both.flops < 3.5 * forward

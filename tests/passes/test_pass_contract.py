@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[Build, Any, Any]] = {
     },
 }
 CASES: dict[str, tuple[str, ...]] = {
+    "freeze-blocks": ("bert-classifier", "llama"),
     "gate-tokens": ("deeper-bert-classifier", "deeper-gpt2"),
     "gate-layers": ("bert-classifier", "gpt2"),
     "drop-dead-tokens": ("bert-classifier",),
