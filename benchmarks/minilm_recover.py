@@ -3,9 +3,9 @@
 The checkpoint is optimized with a recipe and a budget, then `graphopt.recover` trains it on the
 texts alone. Quality is the cosine of mean-pooled sentence embeddings to the dense model's, mean and
 smallest, on texts that nothing else saw: the last 1,000 rows of the data, once as they are (padded)
-and once joined to rows that fill all 128 tokens (full). Calibration reads the first rows, joined; recovery trains on rows up to 5,744, half of them
-padded, half joined, newly drawn in every round, and is judged on the 256 rows after those. The
-table of words is not trained.
+and once joined to rows that fill all 128 tokens (full). Calibration reads the first rows, joined;
+recovery trains on rows up to 5,744, half of them padded, half joined, newly drawn in every round,
+and is judged on the 256 rows after those. The table of words is not trained.
 
 The result is a checkpoint directory, for `minilm_deployment` and for `graphopt export`.
 

@@ -24,6 +24,7 @@ from .exact.pack_tokens import PackTokens
 from .gates.freeze_blocks import FreezeBlocks
 from .gates.gate_layers import GateLayers
 from .gates.gate_tokens import GateTokens
+from .gates.ramp_resolution import RampResolution
 
 P = TypeVar("P", bound=Pass)
 
@@ -41,6 +42,7 @@ _PASSES: dict[str, type[Pass]] = {
         PackTokens,
         GateTokens,
         GateLayers,
+        RampResolution,
         QuantizeWeights,
     )
 }

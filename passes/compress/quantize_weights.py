@@ -114,10 +114,9 @@ class QuantizeWeights(Pass):
     def propose(self, program: Program, context: Context) -> Proposal:
         """Propose every layer in the options' scheme."""
         layers, misses = self._layers(program, context)
-        scheme = Scheme(bits=self.bits, group_size=self.group_size, activations=self.activations)
         candidates: list[Candidate] = []
         for name, layer in layers.items():
-            candidate, ratio = self._candidate(program, context, name, layer, scheme)
+            candidate, ratio = self._candidate(program, context, name, layer, self._scheme)
             if ratio is None or ratio > 1:
                 candidates.append(candidate)
             else:
@@ -126,12 +125,17 @@ class QuantizeWeights(Pass):
         return Proposal(candidates=tuple(candidates), misses=tuple(misses))
 
     def offer(self, program: Program, context: Context) -> Proposal:
-        """Offer 8 bits with dynamic and, with data, static inputs, and 4 bits for weights alone."""
+        """Offer 8 bits with dynamic and, with data, static inputs, and 4 bits for weights alone.
+
+        Where the options ask for another scheme than the default, only that is offered.
+        """
         layers, misses = self._layers(program, context)
-        schemes = [Scheme(bits=8, group_size=0, activations="dynamic")]
-        if context.calibration is not None:
-            schemes.append(Scheme(bits=8, group_size=0, activations="static"))
-        schemes.append(Scheme(bits=4, group_size=_GROUP, activations="none"))
+        default = Scheme(bits=8, group_size=0, activations="dynamic")
+        schemes = [self._scheme]
+        if self._scheme == default:
+            if context.calibration is not None:
+                schemes.append(Scheme(bits=8, group_size=0, activations="static"))
+            schemes.append(Scheme(bits=4, group_size=_GROUP, activations="none"))
         candidates: list[Candidate] = []
         for name, layer in layers.items():
             refused: list[tuple[str, float]] = []
@@ -207,6 +211,11 @@ class QuantizeWeights(Pass):
         matrix = quantized.weight.to(form.weight.dtype)
         dense = form.filled(matrix, quantized.bias, trained=form.weight.requires_grad)
         replace_module(model, change.target, dense.train(quantized.training))
+
+    @property
+    def _scheme(self) -> Scheme:
+        """What the options ask for."""
+        return Scheme(bits=self.bits, group_size=self.group_size, activations=self.activations)
 
     def _miss(self, target: str, reason: str) -> Miss:
         return Miss(pass_name=self.name, target=target, reason=reason)

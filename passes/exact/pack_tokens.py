@@ -6,14 +6,17 @@ after:  the same on [1, real token, width]; attention gets its rows back, with z
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
+import torch
 from pydantic import Field
 from torch import fx, nn
 
 from graphopt.passes.attention_masks import padding_attentions
 from graphopt.passes.base import Candidate, Change, Context, Miss, Pass, Proposal, State
+from graphopt.passes.calibration import Calibration, bind
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import total_cost
@@ -89,6 +92,10 @@ class PackTokens(Pass):
         packing = _packing(program, name)
         if packing is None:
             return self._refusal(f"nothing works on every token of {name} alone")
+        if context.calibration is not None and not _has_padding(program, context.calibration, name):
+            return self._refusal(
+                "no row of the example and the calibration data has padding to leave out"
+            )
         numeric = not any(parameter.is_meta for parameter in program.model.parameters())
         if numeric:
             reader = output_that_reads_padding(program, packing)
@@ -205,9 +212,20 @@ def _packing(program: Program, name: str) -> Packing | None:
     return packing if packing.nodes else None
 
 
+def _has_padding(program: Program, calibration: Calibration, name: str) -> bool:
+    """Say whether the example or any batch has padding."""
+    batches = (program.example, *calibration.batches())
+    counts = (_real(program, bind(program, batch), name) for batch in batches)
+    return any(rows < positions for rows, positions in counts)
+
+
 def _count(program: Program, name: str) -> tuple[int, int]:
     """Return the number of real tokens and of all positions in the example."""
-    tensors, _ = flatten(program.example)
+    return _real(program, flatten(program.example)[0], name)
+
+
+def _real(program: Program, tensors: Sequence[torch.Tensor], name: str) -> tuple[int, int]:
+    """Return the number of real tokens and of all positions in some inputs."""
     batch = {node.name: value for node, value in zip(program.placeholders, tensors, strict=True)}
     mask = batch[name]
     real = None if mask.is_meta else real_tokens(program, batch)

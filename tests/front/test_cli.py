@@ -213,9 +213,11 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     compressing = {"factorize-low-rank", "prune-channels", "quantize-weights", "sparsify-blocks"}
     folding = {"fold-batch-norm", "fuse-projections"}
     allocating = {"pack-tokens", "drop-dead-tokens", "hoist-frozen-prefix"}
-    assert names == compressing | folding | allocating | {"gate-tokens", "gate-layers"}
+    gating = {"gate-tokens", "gate-layers", "freeze-blocks", "ramp-resolution"}
+    assert names == compressing | folding | allocating | gating
     assert isinstance(data["recipes"], dict)
-    assert set(data["recipes"]) == {"deploy", "deploy-int8", "exact", "smallest", "train"}
+    for_training = {"exact", "fine-tune", "train"}
+    assert set(data["recipes"]) == {"deploy", "deploy-int8", "smallest"} | for_training
     assert isinstance(data["descriptions"], dict)
     assert "as fast as the guard allows" in data["descriptions"]["deploy"]
     text = run("passes").stdout

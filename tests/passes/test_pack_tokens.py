@@ -17,6 +17,7 @@ from zoo import Case, find_case, without_dropout
 import graphopt
 from graphopt.capture import capture
 from graphopt.passes.base import Context
+from graphopt.passes.calibration import Calibration
 from graphopt.passes.costs import Comparison, Costs
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.exact.pack_tokens import PackTokens
@@ -251,6 +252,21 @@ def test_costs_follow_the_real_tokens_and_an_unpadded_example_is_kept_and_says_s
         assert change.after.flops == pytest.approx(total_cost(program).flops, rel=1e-3)
     assert shares[8, 8, 8] == 1
     assert 0.45 < shares[8, 2, 2] < 0.5  # half of the tokens, and a quarter of attention
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_data_without_padding_are_not_packed(padded: bool) -> None:
+    case = find_case("bert-classifier")
+    full = call(case, right(3, 8, 8, 8, 8))
+    program = capture(case.build(), full)
+    last = call(case, right(3, 8, 8, 8, 7)) if padded else full
+    proposal = PackTokens().propose(program, Context(calibration=Calibration([full, last])))
+    assert bool(proposal.candidates) == padded
+    if not padded:
+        assert (
+            "no row of the example and the calibration data has padding"
+            in proposal.misses[0].reason
+        )
 
 
 class SlowCosts(Costs):

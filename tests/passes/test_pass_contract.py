@@ -38,6 +38,12 @@ def normalized() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
 
 
+def pooled() -> nn.Module:
+    torch.manual_seed(0)
+    convolutions = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
 def frozen_below() -> nn.Module:
     model = without_dropout(find_case("bert-classifier").build())
     for name, parameter in model.named_parameters():
@@ -53,6 +59,7 @@ def from_deeper(name: str) -> tuple[Build, Any, Any]:
 MODELS: dict[str, tuple[Build, Any, Any]] = {
     "convolutions": (normalized, torch.randn(3, 3, 8, 8), None),
     **{f"deeper-{name}": from_deeper(name) for name in ("bert-classifier", "gpt2")},
+    "pooled": (pooled, torch.randn(3, 3, 16, 16), None),
     "frozen-bert": (frozen_below, *from_zoo("bert-classifier")[1:]),
     **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn")},
     **{
@@ -71,6 +78,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "factorize-low-rank": ("bert-classifier", "gpt2"),
     "pack-tokens": ("modernbert", "llama-padded", "transformer-encoder-padded"),
     "quantize-weights": ("bert-classifier", "gpt2"),
+    "ramp-resolution": ("pooled",),
     "sparsify-blocks": ("gpt2", "llama", "modernbert"),
 }
 

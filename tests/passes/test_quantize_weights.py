@@ -312,6 +312,8 @@ def test_offers_claim_the_format_and_leave_the_structure() -> None:
         32 * 48 // 2 + scales + 4 * 48,
     ]
     assert all(item.before.flops == item.after.flops for item in up)
+    asked = QuantizeWeights(activations="static").offer(program, calibrated(x)).candidates
+    assert {item.change.summary.partition(" in ")[2] for item in asked} == {"8 bits, static inputs"}
     without = QuantizeWeights().offer(program, INFERENCE).candidates
     assert not any("static" in item.change.summary for item in without)
 

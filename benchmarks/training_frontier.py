@@ -1,0 +1,244 @@
+"""Compute saved at equal loss: one study, run, analysed and drawn.
+
+    python benchmarks/training_frontier.py run benchmarks/frontier/studies/mnist_vit.yaml --data DIR
+    python benchmarks/training_frontier.py times ... --data DIR
+    python benchmarks/training_frontier.py pretrain ... CHECKPOINT
+    python benchmarks/training_frontier.py analyse ...
+
+`run` tunes the learning rate of every arm and budget on the tuning split (seed 0), then trains all
+of them with every seed and measures them on the test split; started again, it goes on. `times`
+measures seconds per operation of the dense model and the method in turns, alone on the machine.
+`pretrain` makes the checkpoint that studies of continued pretraining start from (`--checkpoint`).
+`analyse` computes what is saved, with intervals, and draws the frontier.
+
+Results go to benchmarks/results/frontier/: STUDY_trials.csv, STUDY_times.csv, STUDY.json and
+STUDY.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from frontier.picture import draw
+from frontier.saving import Difference, Interval, difference, saving
+from frontier.study import DENSE, METHOD, Arm, Study, read_study
+from frontier.tasks import Task
+from frontier.times import pace
+from frontier.trial import Trial, full_flops, prepared, train
+from frontier.trials import Trials
+
+from graphopt.environment import environment, write_csv
+from graphopt.training import Ledger
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+_RESULTS = Path(__file__).parent / "results" / "frontier"
+_StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")]
+_Data = Annotated[Path, typer.Option(help="Where the workload's data lies.")]
+_Checkpoint = Annotated[Path | None, typer.Option(help="Directory of the workload's checkpoint.")]
+_Precision = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")]
+_Results = Annotated[Path, typer.Option(help="Directory of the results.")]
+
+
+@dataclass(frozen=True)
+class TimesRow:
+    """Seconds per operation of an arm over those of the dense model, measured in turns."""
+
+    study: str
+    arm: str
+    precision: str
+    dense_seconds_per_tflop: float
+    arm_seconds_per_tflop: float
+    ratio: float
+
+
+def load_task(data: Path, checkpoint: Path | None, study: Study) -> Task:
+    """Return the workload of a study."""
+    if study.workload == "images":
+        from frontier.images import Images
+
+        return Images(data)
+    if study.workload == "topics":
+        from frontier.topics import Topics
+
+        return Topics(data, checkpoint, **study.options)
+    from frontier.language import Language
+
+    return Language(checkpoint, **study.options)
+
+
+@app.command()
+def run(
+    path: _StudyPath,
+    data: _Data = Path(),
+    checkpoint: _Checkpoint = None,
+    precision: _Precision = "float32",
+    workers: Annotated[int, typer.Option(help="Trainings at a time.")] = os.cpu_count() or 1,
+    results: _Results = _RESULTS,
+) -> None:
+    """Train everything that is not there yet, then analyse."""
+    study = read_study(path)
+    source = partial(load_task, data, checkpoint)
+    typer.echo(f"{source(study).samples} training samples")  # says here what data is missing
+    trials = Trials(study, results / f"{path.stem}_trials.csv", source, workers)
+    for line in trials.tune(precision):
+        typer.echo(f"tuning, {line}")
+    for line in trials.measure(precision):
+        typer.echo(line)
+    analyse(path, precision, results)
+
+
+@app.command()
+def pretrain(
+    path: _StudyPath,
+    directory: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    data: _Data = Path(),
+) -> None:
+    """Train a language study's dense model on the other half of its corpus, to be adapted."""
+    study = read_study(path)
+    other = study.model_copy(update={"options": {**study.options, "half": 0}})
+    task = load_task(data, None, other)
+    flops = full_flops(other, task)
+    trainee, _, _ = prepared(other, task, Arm(), flops, other.rates[0], 1, "float32")
+    ledger = Ledger()
+    train(trainee, ledger)
+    with torch.no_grad():
+        quality = task.evaluate(trainee.model.eval(), "test")
+    model: Any = trainee.model
+    model.save_pretrained(directory)
+    typer.echo(f"{ledger.total_flops:.3e} operations, {quality}")
+
+
+@app.command()
+def times(
+    path: _StudyPath,
+    data: _Data = Path(),
+    checkpoint: _Checkpoint = None,
+    precision: _Precision = "float32",
+    arm: Annotated[str, typer.Option(help="What to time.")] = METHOD,
+    results: _Results = _RESULTS,
+) -> None:
+    """Time an arm in turns with the dense model."""
+    study = read_study(path)
+    task = load_task(data, checkpoint, study)
+    found = pace(study, task, (DENSE, arm), study.rates[0], precision)
+    row = TimesRow(
+        study=path.stem,
+        arm=arm,
+        precision=precision,
+        dense_seconds_per_tflop=round(1e12 * statistics.fmean(found.first), 4),
+        arm_seconds_per_tflop=round(1e12 * statistics.fmean(found.second), 4),
+        ratio=round(found.ratio, 4),
+    )
+    typer.echo(str(row))
+    write_csv(results / f"{path.stem}_times.csv", [row], environment())
+
+
+@app.command()
+def analyse(
+    path: _StudyPath, precision: _Precision = "float32", results: _Results = _RESULTS
+) -> None:
+    """Compute what is saved and draw the frontier."""
+    study = read_study(path)
+    trials = Trials(study, results / f"{path.stem}_trials.csv", None, 1)
+    arms = {
+        name: {s: trials.of(name, s, precision) for s in study.shares_of(name)}
+        for name in study.names
+    }
+    paces = _paces(results / f"{path.stem}_times.csv", precision)
+    found = _analysis(study, arms, paces)
+    name = path.stem if precision == "float32" else f"{path.stem}_{precision}"
+    (results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    draw(results / f"{name}.png", name.replace("_", " "), arms, paces)
+    typer.echo(json.dumps(found, indent=2))
+
+
+def _paces(path: Path, precision: str) -> dict[str, float]:
+    """Return the seconds per operation of the arms that were timed, the last time each."""
+    if not path.exists():
+        return {}
+    found: dict[str, float] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["precision"] == precision:
+                found[DENSE] = float(row["dense_seconds_per_tflop"]) / 1e12
+                found[row["arm"]] = found[DENSE] * float(row["ratio"])
+    return found
+
+
+def _finite(values: Interval | Difference) -> dict[str, float | None]:
+    """Return the fields, None for what is not finite: JSON has no infinity."""
+    return {
+        name: round(value, 6) if math.isfinite(value) else None
+        for name, value in asdict(values).items()
+    }
+
+
+def _saved_time(saved: Interval, trials: list[Trial], dense: float, own: float) -> Interval:
+    """Return the share of the time that is saved where so many operations are.
+
+    Args:
+        saved: Share of the operations.
+        trials: The trainings, for what they did outside of their steps.
+        dense: Seconds per operation of the dense model.
+        own: Seconds per operation of the arm's steps.
+    """
+    flops = statistics.fmean(trial.flops for trial in trials)
+    outside = statistics.fmean(trial.outside_flops for trial in trials)
+    waited = statistics.fmean(trial.outside_seconds for trial in trials)
+    ratio = ((flops - outside) * own + waited) / (flops * dense)
+    return Interval(*(1 - (1 - share) * ratio for share in (saved.value, saved.low, saved.high)))
+
+
+def _analysis(
+    study: Study, arms: dict[str, dict[float, list[Trial]]], paces: dict[str, float]
+) -> dict[str, Any]:
+    """Return savings of every arm at equal loss, and the differences to the full budget."""
+    dense = {share: trials for share, trials in arms[DENSE].items() if trials}
+    full = dense[max(study.shares)]
+    found: dict[str, Any] = {
+        "dense": {
+            "flops": statistics.fmean(trial.flops for trial in full),
+            "loss": statistics.fmean(trial.loss for trial in full),
+            "accuracy": statistics.fmean(trial.accuracy for trial in full),
+        }
+    }
+    for name, budgets in arms.items():
+        for share, trials in budgets.items():
+            if name == DENSE or not trials:
+                continue
+            loss = difference(trials, full, lambda trial: trial.loss)
+            worse = difference(trials, full, lambda trial: -trial.accuracy)
+            allowed = study.tolerance_accuracy
+            saved = saving(trials, dense)
+            times = {}
+            if name in paces:
+                times["saved_time"] = _finite(_saved_time(saved, trials, paces[DENSE], paces[name]))
+            found[name] = {
+                "share": share,
+                "seeds": len(trials),
+                "flops": statistics.fmean(trial.flops for trial in trials),
+                "loss": statistics.fmean(trial.loss for trial in trials),
+                "accuracy": statistics.fmean(trial.accuracy for trial in trials),
+                "saved_flops": _finite(saved),
+                **times,
+                "loss_difference": _finite(loss),
+                "accuracy_lost": _finite(worse),
+                "not_inferior": loss.upper <= study.tolerance
+                and (allowed is None or worse.upper <= allowed),
+            }
+    return found
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,75 @@
+"""`freeze-blocks` ends the backward pass where nothing below is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import find_case, without_dropout
+
+import graphopt
+from graphopt.capture import capture
+from graphopt.passes.base import Context
+from graphopt.passes.errors import ConfigError
+from graphopt.passes.gates.freeze_blocks import FreezeBlocks
+from graphopt.training import ExecutedFlops
+
+
+def bert() -> tuple[nn.Module, dict[str, Any]]:
+    case = find_case("bert-classifier")
+    return without_dropout(case.build()), case.call(3, 9)[1]
+
+
+def misses(model: nn.Module, call: Any, *, training: bool = True, **options: Any) -> list[str]:
+    step = FreezeBlocks(**options)
+    proposal = step.propose(capture(model, call), Context(training=training))
+    assert not proposal.candidates
+    return [miss.reason for miss in proposal.misses]
+
+
+def test_nothing_below_the_depth_is_trained_and_all_above_is() -> None:
+    model, call = bert()
+    frozen = graphopt.optimize(model, call, recipe="freeze-blocks{depth=1}", training=True)
+    kinds = {name: p.requires_grad for name, p in frozen.named_parameters()}
+    below = {n for n in kinds if "embeddings" in n or "layer.0." in n}
+    assert below
+    assert {name for name, trained in kinds.items() if not trained} == below
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_backward_pass_of_the_frozen_part_is_saved() -> None:
+    model, call = bert()
+    frozen = graphopt.optimize(model, call, recipe="freeze-blocks{depth=1}", training=True)
+    assert torch.equal(frozen.eval()(**call).logits, model.eval()(**call).logits)
+    spent = []
+    for item in (model, frozen):
+        with ExecutedFlops() as executed:
+            item.train()(**call).logits.sum().backward()
+        spent.append(executed.flops)
+    # One of two equal layers saves its backward pass, 2 of 3 parts; heads cost little.
+    assert spent[1] / spent[0] == pytest.approx(1 - 1 / 2 * 2 / 3, abs=0.05)
+
+
+def test_a_word_table_that_is_also_the_head_is_not_frozen() -> None:
+    case = find_case("gpt2")
+    args, kwargs = case.call(3, 9)
+    (reason,) = misses(case.build(), kwargs or args, depth=1)
+    assert "is also read above" in reason
+
+
+def test_what_cannot_be_frozen_says_why() -> None:
+    model, call = bert()
+    assert misses(model, call, training=False) == ["nothing is trained, so freezing saves nothing"]
+    assert "cannot be frozen" in misses(model, call, depth=2)[0]
+    assert misses(nn.Linear(4, 4), (torch.randn(2, 4),))[0]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert "frozen already" in misses(model, call)[0]
+
+
+@pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.0}, {"depth": -1}])
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="freeze-blocks takes"):
+        FreezeBlocks(**options)

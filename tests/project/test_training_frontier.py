@@ -1,0 +1,125 @@
+"""The proof's arithmetic, and a smoke run of its harness on images that are drawn at random."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from frontier.saving import compute_at, difference, frontier, saving  # noqa: E402
+from frontier.trial import Trial  # noqa: E402
+from training_frontier import app  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+
+def trials(flops: int, losses: Sequence[float], arm: str = "dense") -> list[Trial]:
+    return [
+        Trial(
+            arm=arm,
+            share=1.0,
+            rate=0.1,
+            seed=seed,
+            precision="float32",
+            loss=loss,
+            accuracy=50.0,
+            flops=flops,
+            outside_flops=0,
+            outside_seconds=0.0,
+            steps=1,
+        )
+        for seed, loss in enumerate(losses, 1)
+    ]
+
+
+def test_a_frontier_is_monotone_with_the_means_of_what_was_not() -> None:
+    assert frontier({1.0: [3.0], 2.0: [1.0, 1.0], 4.0: [2.5], 8.0: [0.5]}) == [
+        (1.0, 3.0),
+        (2.0, 1.5),
+        (4.0, 1.5),
+        (8.0, 0.5),
+    ]
+
+
+def test_compute_at_a_loss_is_linear_in_its_logarithm_and_never_outside() -> None:
+    points = [(1.0, 3.0), (4.0, 1.0)]
+    assert compute_at(2.0, points) == pytest.approx(2.0)
+    assert compute_at(0.5, points) == 4.0
+    assert compute_at(3.5, points) == 1.0
+
+
+def test_the_same_model_saves_what_it_spends_less() -> None:
+    dense = {0.5: trials(50, [2.0, 2.1, 1.9]), 1.0: trials(100, [1.0, 1.1, 0.9])}
+    found = saving(trials(60, [1.0, 1.1, 0.9], "method"), dense)
+    assert found.value == pytest.approx(0.4)
+    # Seeds are drawn for both arms at once, so what they share is no uncertainty.
+    assert found.low == pytest.approx(0.4)
+    assert found.high == pytest.approx(0.4)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    dense = {0.5: trials(50, [2.0] * 3), 1.0: trials(100, [1.0] * 3)}
+    found = saving(trials(60, [0.9, 1.5, 1.0], "method"), dense)
+    assert found.low < found.value < found.high
+
+
+def test_a_method_that_loses_more_than_every_budget_saves_nothing() -> None:
+    dense = {0.5: trials(50, [2.0] * 2), 1.0: trials(100, [1.0] * 2)}
+    assert saving(trials(10, [3.0] * 2, "method"), dense).value == -math.inf
+
+
+def test_a_difference_is_taken_seed_by_seed() -> None:
+    dense, method = trials(1, [1.0, 2.0, 3.0]), trials(1, [1.1, 2.1, 3.1], "method")
+    found = difference(method, dense, lambda trial: trial.loss)
+    assert found.value == pytest.approx(0.1)
+    assert found.upper == pytest.approx(0.1)
+    assert difference(method[:1], dense, lambda trial: trial.loss).upper == math.inf
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """Random images whose label is the brightest of ten bands."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 10, (3400,), dtype=torch.uint8)
+    images = torch.randint(0, 60, (3400, 28, 28), dtype=torch.uint8)
+    for band in range(10):
+        images[labels == band, 2 * band + 4 : 2 * band + 6] += 120
+    for name, values in (("images", images), ("labels", labels)):
+        header = bytes([0, 0, 8, values.dim()])
+        sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+        with gzip.open(tmp_path / f"random-{name}.gz", "wb") as file:
+            file.write(header + sizes + values.numpy().tobytes())
+    return tmp_path
+
+
+def test_a_small_study_runs_resumes_and_says_what_is_saved(digits: Path, tmp_path: Path) -> None:
+    study = tmp_path / "smoke.yaml"
+    study.write_text(
+        "workload: images\n"
+        "model: {kind: cnn, widths: [4, 8]}\n"
+        "batch: 50\nepochs: 2\nrates: [0.01]\nshares: [0.5, 1.0]\nseeds: 2\nfull_seeds: 2\n"
+        "arms:\n  method: {share: 0.6, recipe: ramp-resolution, samples: {choice: learned}}\n"
+    )
+    options = ["--data", str(digits), "--workers", "1", "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, ["run", str(study), *options])
+    assert result.exit_code == 0, result.output
+    trials_file = tmp_path / "smoke_trials.csv"
+    lines = trials_file.read_text().splitlines()
+    # Three budgets, tuned with one rate, measured with two seeds.
+    assert len(lines) == 1 + 3 * (1 + 2)
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    assert found["method"]["flops"] == pytest.approx(0.6 * found["dense"]["flops"], rel=0.1)
+    assert (tmp_path / "smoke.png").stat().st_size
+    trials_file.write_text("\n".join(lines[:-1]) + "\n")
+    again = CliRunner().invoke(app, ["run", str(study), *options])
+    assert again.exit_code == 0, again.output
+    assert trials_file.read_text().splitlines()[:-1] == lines[:-1]
+    assert len(trials_file.read_text().splitlines()) == len(lines)
