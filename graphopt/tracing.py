@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.passes.calls import expand_arguments, signature_of
 from graphopt.passes.errors import CaptureError
@@ -114,7 +115,13 @@ def trace(model: nn.Module, arguments: dict[str, Any]) -> Trace:
         wrapper = _FlatCall(model, signature_of(model), inputs, outputs)
         shapes = _dynamic_shapes(tensors, {group: groups[group] for group in attempt})
         try:
-            with _quiet(), paths(), _recorded_calls(model) as leaf_calls:
+            # A mode of the caller's, such as one that counts operations, must not see the tracer's.
+            with (
+                _quiet(),
+                paths(),
+                _disable_current_modes(),
+                _recorded_calls(model) as leaf_calls,
+            ):
                 exported = torch.export.export(
                     wrapper, tuple(tensors), dynamic_shapes=(shapes,), strict=False
                 )

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symbols
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import VerificationError
 from .program import Leaf, Program
@@ -61,7 +62,7 @@ def refresh(program: Program) -> None:
         VerificationError: if an operation does not fit its operands any more, naming the node.
     """
     mode = _fake_mode(program)
-    with mode, enable_python_dispatcher(), torch.no_grad():
+    with _disable_current_modes(), mode, enable_python_dispatcher(), torch.no_grad():
         propagation = _Propagation(program, mode)
         for node in program.graph.nodes:
             if node.op in ("placeholder", "output"):

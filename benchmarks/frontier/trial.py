@@ -99,9 +99,7 @@ def prepared(
         if arm.recipe is not None:
             example = task.batch(range(study.batch), seed)
             example.pop("labels", None)
-            model = graphopt.optimize(
-                model.train(), example, recipe=arm.recipe, training=True, measure=False
-            )
+            model = graphopt.optimize(model.train(), example, recipe=arm.recipe, measure=False)
     seconds = time.perf_counter() - started
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -77,8 +77,6 @@ class FreezeBlocks(Pass):
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Find the place on the residual stream, and what is computed before it."""
-        if not context.training:
-            return self._refused("nothing is trained, so freezing saves nothing")
         depths = frozen_depths(program)
         blocks = len(depths) - 1
         if not blocks:

@@ -91,7 +91,7 @@ class RampResolution(Pass):
             reason = (
                 f"ignored by the pattern {pattern!r}"
                 if pattern is not None
-                else self._refusal(program, node, context)
+                else self._refusal(program, node)
             )
             if reason is None:
                 candidates.append(self._candidate(program, name))
@@ -147,9 +147,7 @@ class RampResolution(Pass):
     def _refused(self, target: str, reason: str) -> Proposal:
         return Proposal(misses=(Miss(pass_name=self.name, target=target, reason=reason),))
 
-    def _refusal(self, program: Program, node: fx.Node, context: Context) -> str | None:
-        if not context.training:
-            return "nothing is trained, and evaluation needs the whole image"
+    def _refusal(self, program: Program, node: fx.Node) -> str | None:
         if hasattr(program.model, _gate_name(str(node.target))):
             return "it has a gate already"
         gate = ResolutionGate(start=self.start, hold=1.0, full_at=2.0, multiple=self.multiple)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from zoo import find_case, without_dropout
 
+import graphopt
 from graphopt.capture import capture
 from graphopt.kernels import BlockLayout, BlockSparseLinear
 from graphopt.passes.facts import facts_of
@@ -178,3 +179,18 @@ def test_compiled_code_stays_compiled_and_is_counted() -> None:
     expected = executed(model, x)
     assert executed(compiled, x) == expected
     assert next(runs) >= 1
+
+
+def test_a_model_can_be_optimized_while_operations_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    x = torch.randn(32, 64)
+    with ExecutedFlops() as once:
+        model(x)
+    with ExecutedFlops() as executed:
+        found = graphopt.optimize(model, x, recipe="prune-channels", budget="60%", measure=False)
+    # Comparisons with the eager model run it a few times; tracing and analyses run nothing.
+    assert 0 < executed.flops < 20 * once.flops
+    torch.manual_seed(0)
+    with ExecutedFlops() as after:
+        found(x)
+    assert after.flops < 0.61 * once.flops

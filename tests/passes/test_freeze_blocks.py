@@ -22,16 +22,15 @@ def bert() -> tuple[nn.Module, dict[str, Any]]:
     return without_dropout(case.build()), case.call(3, 9)[1]
 
 
-def misses(model: nn.Module, call: Any, *, training: bool = True, **options: Any) -> list[str]:
-    step = FreezeBlocks(**options)
-    proposal = step.propose(capture(model, call), Context(training=training))
+def misses(model: nn.Module, call: Any, **options: Any) -> list[str]:
+    proposal = FreezeBlocks(**options).propose(capture(model, call), Context())
     assert not proposal.candidates
     return [miss.reason for miss in proposal.misses]
 
 
 def test_nothing_below_the_depth_is_trained_and_all_above_is() -> None:
     model, call = bert()
-    frozen = graphopt.optimize(model, call, recipe="freeze-blocks{depth=1}", training=True)
+    frozen = graphopt.optimize(model, call, recipe="freeze-blocks{depth=1}")
     kinds = {name: p.requires_grad for name, p in frozen.named_parameters()}
     below = {n for n in kinds if "embeddings" in n or "layer.0." in n}
     assert below
@@ -41,15 +40,16 @@ def test_nothing_below_the_depth_is_trained_and_all_above_is() -> None:
 
 def test_the_backward_pass_of_the_frozen_part_is_saved() -> None:
     model, call = bert()
-    frozen = graphopt.optimize(model, call, recipe="freeze-blocks{depth=1}", training=True)
+    frozen = graphopt.optimize(model, call, recipe="freeze-blocks{depth=1}")
     assert torch.equal(frozen.eval()(**call).logits, model.eval()(**call).logits)
     spent = []
     for item in (model, frozen):
         with ExecutedFlops() as executed:
             item.train()(**call).logits.sum().backward()
         spent.append(executed.flops)
-    # One of two equal layers saves its backward pass, 2 of 3 parts; heads cost little.
-    assert spent[1] / spent[0] == pytest.approx(1 - 1 / 2 * 2 / 3, abs=0.05)
+    # One of two equal layers saves its backward pass, two of three parts; of the other one, at
+    # most the gradients of its inputs, one of three. Heads cost little.
+    assert 1 - (1 / 2) * (2 / 3) - (1 / 2) * (1 / 3) < spent[1] / spent[0] < 1 - (1 / 2) * (2 / 3)
 
 
 def test_a_word_table_that_is_also_the_head_is_not_frozen() -> None:
@@ -61,7 +61,6 @@ def test_a_word_table_that_is_also_the_head_is_not_frozen() -> None:
 
 def test_what_cannot_be_frozen_says_why() -> None:
     model, call = bert()
-    assert misses(model, call, training=False) == ["nothing is trained, so freezing saves nothing"]
     assert "cannot be frozen" in misses(model, call, depth=2)[0]
     assert misses(nn.Linear(4, 4), (torch.randn(2, 4),))[0]
     for parameter in model.parameters():

@@ -25,15 +25,14 @@ def pooled() -> nn.Sequential:
     return net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
 
-def reason(model: nn.Module, images: torch.Tensor = IMAGES, *, training: bool = True) -> str:
-    program = capture(model, images)
-    proposal = RampResolution().propose(program, Context(training=training))
+def reason(model: nn.Module, images: torch.Tensor = IMAGES) -> str:
+    proposal = RampResolution().propose(capture(model, images), Context())
     assert not proposal.candidates
     return proposal.misses[0].reason
 
 
 def test_a_training_begins_on_small_images_and_ends_on_full_ones() -> None:
-    model = graphopt.optimize(pooled(), IMAGES, recipe="ramp-resolution", training=True)
+    model = graphopt.optimize(pooled(), IMAGES, recipe="ramp-resolution")
     model.train()
     clock = ComputeClock(model, planned_steps=10)
     spent = []
@@ -50,7 +49,7 @@ def test_a_training_begins_on_small_images_and_ends_on_full_ones() -> None:
 
 def test_evaluation_is_that_of_the_plain_model() -> None:
     dense = pooled().eval()
-    model = graphopt.optimize(dense, IMAGES, recipe="ramp-resolution", training=True)
+    model = graphopt.optimize(dense, IMAGES, recipe="ramp-resolution")
     ComputeClock(model, planned_steps=10)
     assert torch.equal(model.eval()(IMAGES), dense(IMAGES))
 
@@ -58,7 +57,7 @@ def test_evaluation_is_that_of_the_plain_model() -> None:
 def test_batch_statistics_are_left_alone() -> None:
     model = pooled().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    RampResolution().propose(capture(model, IMAGES), Context(training=True))
+    RampResolution().propose(capture(model, IMAGES), Context())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -70,9 +69,8 @@ def test_an_output_for_every_position_is_refused() -> None:
     assert "smaller images" in reason(net(nn.Conv2d(8, 2, 1)))
 
 
-def test_without_an_image_or_a_training_nothing_is_proposed() -> None:
+def test_without_an_image_to_shrink_nothing_is_proposed() -> None:
     assert "no input" in reason(nn.Linear(4, 4), torch.randn(2, 4))
-    assert "nothing is trained" in reason(pooled(), training=False)
     assert "too small" in reason(pooled(), torch.randn(2, 3, 4, 4))
 
 
