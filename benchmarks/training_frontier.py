@@ -90,6 +90,7 @@ def run(
     study = read_study(path)
     source = partial(load_task, data, checkpoint)
     typer.echo(f"{source(study).samples} training samples")  # says here what data is missing
+    results.mkdir(parents=True, exist_ok=True)
     trials = Trials(study, results / f"{path.stem}_trials.csv", source, workers)
     for line in trials.tune(precision):
         typer.echo(f"tuning, {line}")
@@ -141,6 +142,7 @@ def times(
         ratio=round(found.ratio, 4),
     )
     typer.echo(str(row))
+    results.mkdir(parents=True, exist_ok=True)
     write_csv(results / f"{path.stem}_times.csv", [row], environment())
 
 

@@ -72,11 +72,14 @@ class ExecutedFlops(TorchDispatchMode):
 
 @cache
 def _is_composite(operator: Any) -> bool:
-    """Say whether an operator consists of others: without gradients it arrives whole."""
+    """Say whether an operator consists of others: without gradients it arrives whole.
+
+    Those called `prim` ask for properties, such as the device of a fake tensor.
+    """
+    if not isinstance(operator, torch._ops.OpOverload) or operator.namespace == "prim":
+        return False
     key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return isinstance(operator, torch._ops.OpOverload) and bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
-    )
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key))
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
