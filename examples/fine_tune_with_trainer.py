@@ -47,7 +47,8 @@ def main(checkpoint: Path, data: Path, output: Path) -> dict[str, float]:
     )
     trainer.train()
     sys.stdout.write(f"{callback.ledger.total_flops:.3e} operations\n")
-    return trainer.evaluate()
+    found: dict[str, float] = trainer.evaluate()
+    return found
 
 
 if __name__ == "__main__":

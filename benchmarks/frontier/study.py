@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 DENSE = "dense"
 METHOD = "method"
@@ -45,7 +45,7 @@ class Arm(_Strict):
 
     share: float | None = Field(default=None, gt=0)
     recipe: str | None = None
-    model: dict[str, JsonValue] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
     samples: Samples = Samples()
     rates: tuple[float, ...] | None = None
 
@@ -72,8 +72,8 @@ class Study(_Strict):
     """
 
     workload: Literal["topics", "language", "images"]
-    model: dict[str, JsonValue] = Field(default_factory=dict)
-    options: dict[str, JsonValue] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
     batch: int = Field(gt=0)
     epochs: float = Field(gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)

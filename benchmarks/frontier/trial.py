@@ -73,7 +73,7 @@ class Trainee:
         weights = self.gate.weights(ids) if self.weighted else torch.ones(len(ids))
         loss = (losses.float() * weights).sum() / self.study.batch
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), _LARGEST_GRADIENT)
         self.optimizer.step()
         return loss.detach()
@@ -183,7 +183,7 @@ def full_flops(study: Study, task: Task) -> float:
         shapes = str([tuple(value.shape) for value in batch.values()])
         if shapes not in known:
             with ExecutedFlops() as executed:
-                task.losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+                task.losses(model, batch).sum().backward()
             known[shapes] = executed.flops
         total += known[shapes]
     return total * study.epochs

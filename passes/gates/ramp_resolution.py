@@ -84,7 +84,8 @@ class RampResolution(Pass):
         images = [node for node in program.placeholders if _is_image(node)]
         if not images:
             return self._refused("(model)", "it has no input [image, channel, height, width]")
-        candidates, misses = [], []
+        candidates: list[Candidate] = []
+        misses: list[Miss] = []
         for node in images:
             name = str(node.target)
             pattern = context.ignored_by(name)
