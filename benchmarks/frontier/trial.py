@@ -173,19 +173,20 @@ def train(trainee: Trainee, ledger: Ledger) -> None:
 def full_flops(study: Study, task: Task) -> float:
     """Return the operations of the full budget: the study's epochs of the dense model.
 
-    Batches of the same shapes take the same operations, so one of each is counted.
+    They are proportional to the number of samples, so two samples of every length are counted.
     """
     model = task.model(0, study.model).train()
-    known: dict[str, int] = {}
-    total = 0
+    known: dict[str, float] = {}
+    total = 0.0
     for samples in task.grouped(range(task.samples), study.batch, 0):
-        batch = task.batch(samples, 0)
-        shapes = str([tuple(value.shape) for value in batch.values()])
+        batch = {name: value[:2] for name, value in task.batch(samples, 0).items()}
+        shapes = str([tuple(value.shape[1:]) for value in batch.values()])
         if shapes not in known:
             with ExecutedFlops() as executed:
-                task.losses(model, batch).sum().backward()
-            known[shapes] = executed.flops
-        total += known[shapes]
+                losses = task.losses(model, batch)
+                losses.sum().backward()
+            known[shapes] = executed.flops / len(losses)
+        total += known[shapes] * len(samples)
     return total * study.epochs
 
 
