@@ -7,7 +7,7 @@ and once joined to rows that fill all 128 tokens (full). Calibration reads the f
 recovery trains on rows up to 5,744, half of them padded, half joined, newly drawn in every round,
 and is judged on the 256 rows after those. The table of words is not trained.
 
-The result is a checkpoint directory, for `minilm_deployment` and for `graphopt export`.
+The result is a checkpoint directory, for `deployment_race.py` and for `graphopt export`.
 
 Model and data: see `minilm_protocol`.
 """

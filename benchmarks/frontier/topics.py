@@ -42,7 +42,7 @@ class Topics:
 
         self._checkpoint = checkpoint or _installed()
         self._grouped = grouped
-        tokenizer: Any = AutoTokenizer.from_pretrained(self._checkpoint)  # type: ignore[no-untyped-call, unused-ignore]
+        tokenizer: Any = AutoTokenizer.from_pretrained(self._checkpoint)
         with data.open(newline="", encoding="utf-8") as file:
             rows = [(int(row[0]) - 1, f"{row[1]} {row[2]}") for row in csv.reader(file)]
         random.Random(0).shuffle(rows)

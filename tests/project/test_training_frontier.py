@@ -5,20 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from frontier.saving import compute_at, difference, frontier, saving  # noqa: E402
-from frontier.trial import Trial  # noqa: E402
-from training_frontier import app  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+from frontier.saving import compute_at, difference, frontier, saving
+from frontier.trial import Trial
+from training_frontier import app
+from typer.testing import CliRunner
 
 
 def trials(flops: int, losses: Sequence[float], arm: str = "dense") -> list[Trial]:
