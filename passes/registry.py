@@ -21,6 +21,7 @@ from .exact.fold_batch_norm import FoldBatchNorm
 from .exact.fuse_projections import FuseProjections
 from .exact.hoist_frozen_prefix import HoistFrozenPrefix
 from .exact.pack_tokens import PackTokens
+from .extend.add_ngram_embeddings import AddNgramEmbeddings
 from .gates.freeze_blocks import FreezeBlocks
 from .gates.gate_layers import GateLayers
 from .gates.gate_tokens import GateTokens
@@ -43,6 +44,7 @@ _PASSES: dict[str, type[Pass]] = {
         GateTokens,
         GateLayers,
         RampResolution,
+        AddNgramEmbeddings,
         QuantizeWeights,
     )
 }

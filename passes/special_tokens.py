@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from .axis_flow import arguments_of, operator_name, tensor_nodes, tensors_of
+from .axis_flow import arguments_of, operator_name, tensors_of
 from .program import Program, compile_values, shape_of
 from .token_blocks import BlockChain, token_dims
+from .token_lookups import lookups
 
 _ID_NAMES = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
-_LOOKUP_PATH = ("view", "reshape", "to", "_to_copy", "contiguous", "clone", "alias", "clamp")
 
 
 def read_positions(blocks: BlockChain) -> tuple[int, ...]:
@@ -99,23 +98,6 @@ def _looked_up(program: Program, blocks: BlockChain, rows: Any) -> fx.Node | Non
     for name, dims in blocks.tokens.inputs.items():
         node = inputs[name]
         counts = dims == (1,) and not node.meta["val"].is_floating_point()
-        if counts and rows in _tables(program, node):
+        if counts and rows in (lookup.rows for lookup in lookups(program, node)):
             return node
     return None
-
-
-def _tables(program: Program, source: fx.Node) -> Iterable[int]:
-    pending, seen = [source], {source}
-    while pending:
-        for user in pending.pop().users:
-            if user.op == "call_module":
-                module = program.module(str(user.target))
-                if isinstance(module, nn.Embedding):
-                    yield module.num_embeddings
-            elif user.op != "call_function":
-                continue
-            elif operator_name(user) == "embedding":
-                yield shape_of(tensor_nodes(user)[0])[0]
-            elif user not in seen and operator_name(user) in _LOOKUP_PATH:
-                seen.add(user)
-                pending.append(user)

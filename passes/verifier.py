@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from graphopt.kernels.gates import Gate
-
 from .calls import expand_arguments
 from .errors import VerificationError
 from .fixed_draws import FixedDraws
@@ -92,10 +90,10 @@ class Verifier:
 
     def eager_refusal(self) -> str | None:
         """Return why the eager forward cannot run over the rewritten modules, None if it can."""
-        gates = (item for item in self._program.model.modules() if isinstance(item, Gate))
-        refusal = next((gate.eager_refusal for gate in gates if gate.eager_refusal), None)
-        if refusal is not None:
-            return refusal
+        for module in self._program.model.modules():
+            refusal: str | None = getattr(type(module), "eager_refusal", None)
+            if refusal is not None:
+                return refusal
         if not self._numeric:
             return None
         program = self._program

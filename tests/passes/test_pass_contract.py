@@ -67,6 +67,7 @@ MODELS: dict[str, tuple[Build, Any, Any]] = {
     },
 }
 CASES: dict[str, tuple[str, ...]] = {
+    "add-ngram-embeddings": ("bert-classifier", "gpt2", "llama"),
     "freeze-blocks": ("bert-classifier", "llama"),
     "gate-tokens": ("deeper-bert-classifier", "deeper-gpt2"),
     "gate-layers": ("bert-classifier", "gpt2"),

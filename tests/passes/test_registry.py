@@ -42,7 +42,7 @@ def test_only_changed_options_are_written() -> None:
     ("text", "message"),
     [
         ("prune-chanels", "did you mean 'prune-channels'"),
-        ("xyz", "there are drop-dead-tokens, factorize-low-rank"),
+        ("xyz", "there are add-ngram-embeddings, drop-dead-tokens"),
         ("prune-channels{rounds=8}", "has no option 'rounds'; its options are"),
         ("prune-channels{round_to=8", "lacks its closing brace"),
         ("prune-channels{round_to}", "must be name=value"),

@@ -1,0 +1,1 @@
+"""Passes that let a model remember more at no more operations per token."""

@@ -1,0 +1,104 @@
+"""`add-ngram-embeddings` finds the table of tokens and leaves outputs as they are at first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import find_case, without_dropout
+
+import graphopt
+from graphopt.capture import capture
+from graphopt.export import export_onnx
+from graphopt.kernels.ngram_embeddings import NgramEmbeddings
+from graphopt.passes.base import Context
+from graphopt.passes.errors import ConfigError, PlanError
+from graphopt.passes.extend.add_ngram_embeddings import AddNgramEmbeddings
+
+RECIPE = "add-ngram-embeddings{rows=512}"
+
+
+def gpt2() -> tuple[nn.Module, dict[str, Any]]:
+    case = find_case("gpt2")
+    return without_dropout(case.build()).eval(), case.call(2, 12, labels=False)[1]
+
+
+def optimized(model: nn.Module, example: Any) -> nn.Module:
+    return graphopt.optimize(model, example, recipe=RECIPE)
+
+
+def reason(model: nn.Module, example: Any, **options: Any) -> str:
+    proposal = AddNgramEmbeddings(**options).propose(capture(model, example), Context())
+    assert not proposal.candidates
+    return proposal.misses[0].reason
+
+
+def trained(model: nn.Module) -> None:
+    """Give the vectors values."""
+    (module,) = (m for m in model.modules() if isinstance(m, NgramEmbeddings))
+    with torch.no_grad():
+        module.weight.normal_(generator=torch.Generator().manual_seed(0))
+
+
+def test_outputs_are_equal_at_first_and_look_back_only_once_trained() -> None:
+    dense, example = gpt2()
+    before = dense(**example).logits
+    model = optimized(dense, example).eval()
+    assert torch.equal(model(**example).logits, before)
+    trained(model)
+    after = model(**example).logits
+    assert not torch.equal(after, before)
+    changed = example["input_ids"].clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 90
+    other = model(**{**example, "input_ids": changed}).logits
+    assert torch.equal(other[:, :6], after[:, :6])
+    assert not torch.equal(other[:, 6:], after[:, 6:])
+
+
+def test_a_training_learns_n_grams() -> None:
+    dense, example = gpt2()
+    call = {**example, "labels": example["input_ids"]}
+    model = optimized(dense.train(), call)
+    model(**call).loss.backward()
+    (module,) = (m for m in model.modules() if isinstance(m, NgramEmbeddings))
+    assert module.weight.grad is not None
+    assert module.weight.grad.abs().sum() > 0
+
+
+def test_decoding_with_a_cache_is_refused() -> None:
+    dense, example = gpt2()
+    model = optimized(dense, example).eval()
+    trained(model)
+    cache = find_case("gpt2").build().eval()(**example, use_cache=True).past_key_values
+    with pytest.raises(PlanError, match="use_cache=False"):
+        model(input_ids=example["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
+
+
+def test_a_call_with_a_cache_is_left_as_it_is() -> None:
+    dense, example = gpt2()
+    cache = dense(**example, use_cache=True).past_key_values
+    call = {"input_ids": example["input_ids"][:, -3:], "past_key_values": cache}
+    assert "continues a sequence" in reason(dense, call)
+
+
+def test_the_export_computes_the_same(tmp_path: Path) -> None:
+    dense, example = gpt2()
+    model = optimized(dense, example).eval()
+    trained(model)
+    report = export_onnx(model, tmp_path / "model.onnx", example, measure=False)
+    assert set(report.dynamic["input_ids"]) == {0, 1}
+
+
+def test_models_without_tokens_and_unknown_inputs_are_refused() -> None:
+    assert "no input" in reason(nn.Linear(4, 4), torch.randn(2, 4))
+    dense, example = gpt2()
+    assert "not looked up" in reason(dense, example, ids="nonsense")
+
+
+@pytest.mark.parametrize("options", [{"longest": 1}, {"longest": 9}, {"rows": 0}])
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="longest n-gram"):
+        AddNgramEmbeddings(**options)
