@@ -157,24 +157,24 @@ def analyse(
         name: {s: trials.of(name, s, precision) for s in study.shares_of(name)}
         for name in study.names
     }
-    paces = _paces(results / f"{path.stem}_times.csv", precision)
+    paces = _paces(results / f"{path.stem}_times.csv")
     found = _analysis(study, arms, paces)
     name = path.stem if precision == "float32" else f"{path.stem}_{precision}"
     (results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    draw(results / f"{name}.png", name.replace("_", " "), arms, paces)
+    draw(results / f"{name}.png", name.replace("_", " "), arms, paces.get(precision, {}))
     typer.echo(json.dumps(found, indent=2))
 
 
-def _paces(path: Path, precision: str) -> dict[str, float]:
-    """Return the seconds per operation of the arms that were timed, the last time each."""
+def _paces(path: Path) -> dict[str, dict[str, float]]:
+    """Return the seconds per operation of the arms that were timed, by precision, the last time."""
     if not path.exists():
         return {}
-    found: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["precision"] == precision:
-                found[DENSE] = float(row["dense_seconds_per_tflop"]) / 1e12
-                found[row["arm"]] = found[DENSE] * float(row["ratio"])
+            paces = found.setdefault(row["precision"], {})
+            paces[DENSE] = float(row["dense_seconds_per_tflop"]) / 1e12
+            paces[row["arm"]] = paces[DENSE] * float(row["ratio"])
     return found
 
 
@@ -203,9 +203,15 @@ def _saved_time(saved: Interval, trials: list[Trial], dense: float, own: float) 
 
 
 def _analysis(
-    study: Study, arms: dict[str, dict[float, list[Trial]]], paces: dict[str, float]
+    study: Study,
+    arms: dict[str, dict[float, list[Trial]]],
+    paces: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """Return savings of every arm at equal loss, and the differences to the full budget."""
+    """Return savings of every arm at equal loss, and the differences to the full budget.
+
+    Times are given for every precision that was timed: how many operations are saved is known from
+    the trainings alone.
+    """
     dense = {share: trials for share, trials in arms[DENSE].items() if trials}
     full = dense[max(study.shares)]
     found: dict[str, Any] = {
@@ -223,9 +229,11 @@ def _analysis(
             worse = difference(trials, full, lambda trial: -trial.accuracy)
             allowed = study.tolerance_accuracy
             saved = saving(trials, dense)
-            times = {}
-            if name in paces:
-                times["saved_time"] = _finite(_saved_time(saved, trials, paces[DENSE], paces[name]))
+            times = {
+                precision: _finite(_saved_time(saved, trials, seconds[DENSE], seconds[name]))
+                for precision, seconds in paces.items()
+                if name in seconds
+            }
             found[name] = {
                 "share": share,
                 "seeds": len(trials),
@@ -233,7 +241,7 @@ def _analysis(
                 "loss": statistics.fmean(trial.loss for trial in trials),
                 "accuracy": statistics.fmean(trial.accuracy for trial in trials),
                 "saved_flops": _finite(saved),
-                **times,
+                "saved_time": times,
                 "loss_difference": _finite(loss),
                 "accuracy_lost": _finite(worse),
                 "not_inferior": loss.upper <= study.tolerance
