@@ -214,7 +214,7 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     folding = {"fold-batch-norm", "fuse-projections"}
     allocating = {"pack-tokens", "drop-dead-tokens", "hoist-frozen-prefix"}
     gating = {"gate-tokens", "gate-layers", "freeze-blocks", "ramp-resolution"}
-    assert names == compressing | folding | allocating | gating
+    assert names == compressing | folding | allocating | gating | {"add-ngram-embeddings"}
     assert isinstance(data["recipes"], dict)
     for_training = {"exact", "fine-tune", "train"}
     assert set(data["recipes"]) == {"deploy", "deploy-int8", "smallest"} | for_training

@@ -17,6 +17,9 @@ from graphopt.kernels.ngram_embeddings import NgramEmbeddings
 from graphopt.passes.base import Context
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.extend.add_ngram_embeddings import AddNgramEmbeddings
+from graphopt.passes.verifier import rounding_bound
+from graphopt.runtime import installation_of
+from graphopt.testing import assert_same_outputs
 
 RECIPE = "add-ngram-embeddings{rows=512}"
 
@@ -82,6 +85,27 @@ def test_a_call_with_a_cache_is_left_as_it_is() -> None:
     cache = dense(**example, use_cache=True).past_key_values
     call = {"input_ids": example["input_ids"][:, -3:], "past_key_values": cache}
     assert "continues a sequence" in reason(dense, call)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_packed_tokens_have_the_n_grams_of_their_sequence(side: str) -> None:
+    case = find_case("llama-padded")
+    _, call = case.call(3, 12)
+    mask = torch.ones_like(call["input_ids"])
+    mask[0, 7:] = mask[2, 4:] = 0
+    call["attention_mask"] = mask if side == "right" else mask.flip(1)
+    real = call["attention_mask"].bool()
+    results = []
+    for passes in ([RECIPE], [RECIPE, "pack-tokens"]):
+        dense = without_dropout(case.build()).eval()
+        model = graphopt.optimize(dense, call, recipe=passes, measure=False)
+        made = installation_of(model)
+        assert made is not None
+        assert len(made.plan.changes) == len(passes)
+        trained(model)
+        results.append(model(**call).logits[real])
+    bound = rounding_bound(capture(case.build(), call))
+    assert_same_outputs(results[1], results[0], bound=bound)
 
 
 def test_the_export_computes_the_same(tmp_path: Path) -> None:
