@@ -58,8 +58,8 @@ def optimize(
     Args:
         model: Any PyTorch model.
         example_inputs: A tensor, a tuple or a mapping of keyword arguments; None infers them.
-        recipe: A preset ("exact", "train", "fine-tune", "deploy", "deploy-int8", "smallest"), a
-            YAML file, or a list of passes.
+        recipe: A preset ("exact", "train", "fine-tune", "pretrain", "deploy", "deploy-int8",
+            "smallest"), a YAML file, or a list of passes.
         budget: What one forward may cost at the example's sizes: 0.6 or "60%" of the dense FLOPs,
             "60% latency", "12ms", "5M parameters" or "40MB"; None takes the recipe's.
         calibration: Batches of real inputs: a DataLoader, an iterable, an `.npz`, `.safetensors`

@@ -216,7 +216,7 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     gating = {"gate-tokens", "gate-layers", "freeze-blocks", "ramp-resolution"}
     assert names == compressing | folding | allocating | gating | {"add-ngram-embeddings"}
     assert isinstance(data["recipes"], dict)
-    for_training = {"exact", "fine-tune", "train"}
+    for_training = {"exact", "fine-tune", "pretrain", "train"}
     assert set(data["recipes"]) == {"deploy", "deploy-int8", "smallest"} | for_training
     assert isinstance(data["descriptions"], dict)
     assert "as fast as the guard allows" in data["descriptions"]["deploy"]

@@ -20,7 +20,8 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_presets_are_the_documented_ones() -> None:
-    assert preset_names() == ("deploy", "deploy-int8", "exact", "fine-tune", "smallest", "train")
+    training = {"exact", "fine-tune", "pretrain", "train"}
+    assert set(preset_names()) == {"deploy", "deploy-int8", "smallest"} | training
 
 
 def test_the_exact_preset_only_has_exact_passes_that_training_allows() -> None:
@@ -235,7 +236,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_path(
     ("source", "sentence"),
     [
         ("deploi", r"did you mean 'deploy'"),
-        ("nothing-like-it", r"there are deploy, deploy-int8, exact, fine-tune, smallest"),
+        ("nothing-like-it", r"there are deploy, deploy-int8, exact, fine-tune, pretrain, smallest"),
         ("absent.yaml", r"absent.yaml cannot be read"),
         (["prune-channels", 3], r"names or passes, got int"),
         (7, r"got int"),
