@@ -56,11 +56,9 @@ class Trials:
         )
 
     def best_rate(self, name: str, share: float, precision: str) -> float:
-        """Return the learning rate with the lowest loss on the tuning split."""
-        found = {
-            rate: self.done[Key(name, share, rate, 0, precision)].loss
-            for rate in self.study.rates_of(name)
-        }
+        """Return the learning rate with the lowest loss on the tuning split so far."""
+        keys = (Key(name, share, rate, 0, precision) for rate in self.study.rates_of(name))
+        found = {key.rate: self.done[key].loss for key in keys if key in self.done}
         return min(found, key=lambda rate: _finite(found[rate]))
 
     def measure(self, precision: str) -> Iterator[str]:
@@ -78,12 +76,16 @@ class Trials:
         )
 
     def of(self, name: str, share: float, precision: str) -> list[Trial]:
-        """Return the trainings of an arm and budget that count, by seed."""
-        found = [
+        """Return the trainings of an arm and budget with its best rate that count, by seed."""
+        trials = [
             trial
             for trial in self.done.values()
-            if (trial.arm, trial.share, trial.precision) == (name, share, precision) and trial.seed
+            if (trial.arm, trial.share, trial.precision) == (name, share, precision)
         ]
+        if not any(trial.seed for trial in trials):
+            return []
+        rate = self.best_rate(name, share, precision)
+        found = [trial for trial in trials if trial.seed and trial.rate == rate]
         return sorted(found, key=lambda trial: trial.seed)
 
     def _budgets(self) -> Iterator[tuple[str, float]]:
