@@ -5,9 +5,10 @@
     python benchmarks/training_frontier.py pretrain ... CHECKPOINT
     python benchmarks/training_frontier.py analyse ...
 
-`run` tunes the learning rate of every arm and budget on the tuning split (seed 0), then trains all
-of them with every seed and measures them on the test split; started again, it goes on. `times`
-measures seconds per operation of the dense model and the method in turns, alone on the machine.
+`run` tunes the learning rate of every arm and budget on the tuning split (seeds up to 0), then
+trains all of them with every seed and measures them on the test split; started again, it goes on.
+`times` measures seconds per operation of the dense model and the method in turns, alone on the
+machine.
 `pretrain` makes the checkpoint that studies of continued pretraining start from (`--checkpoint`).
 `analyse` computes what is saved, with intervals, and draws the frontier.
 

@@ -63,7 +63,8 @@ class Study(_Strict):
         weight_decay: Of AdamW.
         rates: Peak learning rates to tune over, for every arm and budget.
         shares: Budgets of the dense model, as shares of the full one.
-        seeds: Seeds of every arm and budget, from 1; seed 0 tunes.
+        tuned: Seeds that tune: 0, -1 and so on; more of them where the tuning split is small.
+        seeds: Seeds of every arm and budget, from 1.
         full_seeds: Seeds of the method and of the full budget.
         tolerance: By how much the method's loss may exceed the full budget's (non-inferiority).
         tolerance_accuracy: By how much its accuracy may fall short, in points; None for no
@@ -80,6 +81,7 @@ class Study(_Strict):
     weight_decay: float = 0.01
     rates: tuple[float, ...] = Field(min_length=1)
     shares: tuple[float, ...] = (0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+    tuned: int = Field(default=1, gt=0)
     seeds: int = Field(default=3, gt=0)
     full_seeds: int = Field(default=5, gt=0)
     tolerance: float = 0.005
@@ -103,6 +105,11 @@ class Study(_Strict):
     def rates_of(self, name: str) -> tuple[float, ...]:
         """Return the learning rates that an arm is tuned over."""
         return self.arm(name).rates or self.rates
+
+    @property
+    def tuning_seeds(self) -> range:
+        """The seeds that tune, on a split of their own."""
+        return range(0, -self.tuned, -1)
 
     def seeds_of(self, name: str, share: float) -> range:
         """Return the seeds that count for an arm at a budget."""

@@ -26,9 +26,9 @@ class Trial:
         arm: Name of the arm.
         share: Its budget as a share of the dense model's full one.
         rate: Peak learning rate.
-        seed: Seed of weights, order and augmentation; 0 tunes.
+        seed: Seed of weights, order and augmentation; those up to 0 tune.
         precision: "float32" or "bfloat16" (autocast).
-        loss: Held-out loss: of the tuning split for seed 0, else of the test split.
+        loss: Held-out loss: of the test split, for seeds that tune of the tuning split.
         accuracy: Held-out accuracy, in percent.
         flops: Operations executed in all, without evaluation.
         outside_flops: Those of them outside of training steps: analysing, calibrating, probing.
@@ -141,7 +141,7 @@ def run_trial(
     ledger = Ledger()
     ledger.charge(flops, seconds=seconds, kind="outside")
     train(trainee, ledger)
-    split: Split = "test" if seed else "tuning"
+    split: Split = "test" if seed > 0 else "tuning"
     with torch.no_grad():
         quality = task.evaluate(trainee.model.eval(), split)
     return Trial(

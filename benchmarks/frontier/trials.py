@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
@@ -48,18 +49,23 @@ class Trials:
         self.done = {key_of(trial): trial for trial in read_trials(path)}
 
     def tune(self, precision: str) -> Iterator[str]:
-        """Train every arm and budget with every learning rate, with seed 0; yield what is done."""
+        """Train every arm and budget with every learning rate; yield what is done."""
         yield from self._run(
-            Key(name, share, rate, 0, precision)
+            Key(name, share, rate, seed, precision)
+            for seed in self.study.tuning_seeds
             for name, share in self._budgets()
             for rate in self.study.rates_of(name)
         )
 
     def best_rate(self, name: str, share: float, precision: str) -> float:
-        """Return the learning rate with the lowest loss on the tuning split so far."""
-        keys = (Key(name, share, rate, 0, precision) for rate in self.study.rates_of(name))
-        found = {key.rate: self.done[key].loss for key in keys if key in self.done}
-        return min(found, key=lambda rate: _finite(found[rate]))
+        """Return the learning rate with the lowest mean loss on the tuning split so far."""
+        found: dict[float, list[float]] = {}
+        for rate in self.study.rates_of(name):
+            for seed in self.study.tuning_seeds:
+                trial = self.done.get(Key(name, share, rate, seed, precision))
+                if trial is not None:
+                    found.setdefault(rate, []).append(_finite(trial.loss))
+        return min(found, key=lambda rate: statistics.fmean(found[rate]))
 
     def measure(self, precision: str) -> Iterator[str]:
         """Train every arm and budget with its best rate and every seed; yield what is done.
@@ -82,10 +88,10 @@ class Trials:
             for trial in self.done.values()
             if (trial.arm, trial.share, trial.precision) == (name, share, precision)
         ]
-        if not any(trial.seed for trial in trials):
+        if not any(trial.seed > 0 for trial in trials):
             return []
         rate = self.best_rate(name, share, precision)
-        found = [trial for trial in trials if trial.seed and trial.rate == rate]
+        found = [trial for trial in trials if trial.seed > 0 and trial.rate == rate]
         return sorted(found, key=lambda trial: trial.seed)
 
     def _budgets(self) -> Iterator[tuple[str, float]]:
