@@ -65,6 +65,10 @@ class Trials:
                 trial = self.done.get(Key(name, share, rate, seed, precision))
                 if trial is not None:
                     found.setdefault(rate, []).append(_finite(trial.loss))
+        if not found:
+            raise SystemExit(
+                f"{name!r} at {share} has no tuned learning rate yet; go on with `run`"
+            )
         return min(found, key=lambda rate: statistics.fmean(found[rate]))
 
     def measure(self, precision: str) -> Iterator[str]:

@@ -122,6 +122,16 @@ def test_models_without_tokens_and_unknown_inputs_are_refused() -> None:
     assert "not looked up" in reason(dense, example, ids="nonsense")
 
 
+def test_of_several_inputs_with_tokens_one_is_named() -> None:
+    case = find_case("t5")
+    _, call = case.call(2, 12)
+    dense = without_dropout(case.build())
+    assert "say which are token ids" in reason(dense, call)
+    step = AddNgramEmbeddings(rows=512, ids="decoder_input_ids")
+    (candidate,) = step.propose(capture(dense, call), Context()).candidates
+    assert candidate.change.details["ids"] == "decoder_input_ids"
+
+
 @pytest.mark.parametrize("options", [{"longest": 1}, {"longest": 9}, {"rows": 0}])
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="longest n-gram"):
