@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .gates import Gate
 
-__all__ = ["LayerGate"]
+__all__ = ["LayerGate", "without_block"]
 
 
 class LayerGate(Gate):
@@ -74,8 +74,7 @@ class LayerGate(Gate):
         if not self.training:
             return block()
         if self.skips():
-            copied: Tensor = _WithoutBlock.apply(entry, *_trained(sources))  # type: ignore[no-untyped-call]
-            return copied
+            return without_block(entry, sources)
         result = block()
         if self.keep == 1:
             return result
@@ -84,6 +83,17 @@ class LayerGate(Gate):
     def extra_repr(self) -> str:
         """Return the schedule, seed and number."""
         return f"rate={self.rate:.3g}, plateau={self.plateau}, {super().extra_repr()}"
+
+
+def without_block(entry: Tensor, sources: Iterable[object]) -> Tensor:
+    """Return a copy of what a block starts from, with gradients of zero for what the block reads.
+
+    Args:
+        entry: What the block starts from.
+        sources: The parameters among these, and those of modules, get a gradient of zero.
+    """
+    copied: Tensor = _WithoutBlock.apply(entry, *_trained(sources))  # type: ignore[no-untyped-call]
+    return copied
 
 
 class _WithoutBlock(torch.autograd.Function):

@@ -41,7 +41,7 @@ class NgramEmbeddings(nn.Module):
         width: int,
         *,
         orders: tuple[int, ...] = (2, 3),
-        rows: int = 65536,
+        rows: int = 16384,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

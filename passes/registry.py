@@ -25,6 +25,7 @@ from .extend.add_ngram_embeddings import AddNgramEmbeddings
 from .gates.freeze_blocks import FreezeBlocks
 from .gates.gate_layers import GateLayers
 from .gates.gate_tokens import GateTokens
+from .gates.grow_depth import GrowDepth
 from .gates.ramp_resolution import RampResolution
 
 P = TypeVar("P", bound=Pass)
@@ -43,6 +44,7 @@ _PASSES: dict[str, type[Pass]] = {
         PackTokens,
         GateTokens,
         GateLayers,
+        GrowDepth,
         RampResolution,
         AddNgramEmbeddings,
         QuantizeWeights,

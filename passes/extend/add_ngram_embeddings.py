@@ -67,7 +67,7 @@ class AddNgramEmbeddings(Pass):
     exact: ClassVar[bool] = False
 
     longest: int = 3
-    rows: int = 65536
+    rows: int = 16384
     ids: str = ""
 
     def __post_init__(self) -> None:

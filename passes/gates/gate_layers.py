@@ -26,32 +26,27 @@ from graphopt.passes.base import (
     State,
     shared_names,
 )
-from graphopt.passes.errors import ConfigError, PlanError
+from graphopt.passes.errors import ConfigError
 from graphopt.passes.facts import attribute_of, facts_of, total_cost
 from graphopt.passes.lazy_branches import only_for
 from graphopt.passes.program import Program
 from graphopt.passes.region_times import region_workload
 from graphopt.passes.tokens import residual_stream
 
+from .block_gates import gate_name, insert_gate, remove_gate
 from .block_influence import block_influences
-from .layer_changes import (
-    Freed,
-    Removal,
-    Skip,
-    freed_parameters,
-    gate_name,
-    insert_gate,
-    read_change,
-    remove_block,
-)
+from .layer_changes import Freed, Removal, Skip, freed_parameters, read_change, remove_block
 from .residual_blocks import (
     BLOCK_ORDER,
     ResidualBlock,
     escaping,
     find_block,
+    kept_by_readers,
     refusal,
     residual_blocks,
 )
+
+_GATE = "layer_gate"
 
 
 @final
@@ -145,7 +140,7 @@ class GateLayers(Pass):
         details = read_change(change)
         region = find_block(program, details.place, change)
         if isinstance(details, Skip):
-            insert_gate(program, region, details)
+            insert_gate(program, region, details.gate, _gate(details))
         else:
             remove_block(program, region, details, change)
         program.changed()
@@ -154,10 +149,7 @@ class GateLayers(Pass):
         """Take the gate away; or give a removed block parameters of zero, with which it adds 0."""
         details = read_change(change)
         if isinstance(details, Skip):
-            owner, _, attribute = details.gate.rpartition(".")
-            if not isinstance(getattr(model.get_submodule(owner), attribute, None), LayerGate):
-                raise PlanError(f"the model has no gate {details.gate!r}, which the plan describes")
-            delattr(model.get_submodule(owner), attribute)
+            remove_gate(model, details.gate, LayerGate)
             return
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for freed in details.freed:
@@ -183,7 +175,7 @@ class GateLayers(Pass):
             if reason is not None:
                 misses.append(self._miss(block.name, reason))
                 continue
-            gate = gate_name(program, block.region, taken)
+            gate = gate_name(program, block.region, _GATE, taken)
             taken.add(gate)
             details = Skip(
                 kind="skip",
@@ -267,6 +259,12 @@ class GateLayers(Pass):
         )
 
 
+def _gate(details: Skip) -> LayerGate:
+    return LayerGate(
+        rate=details.rate, plateau=details.plateau, seed=details.seed, number=details.number
+    )
+
+
 def _timed(
     program: Program, context: Context, block: ResidualBlock, candidate: Candidate
 ) -> Candidate:
@@ -294,13 +292,7 @@ def _skip_refusal(
         return "the first block always runs"
     if not rate:
         return "the rate is 0"
-    region = block.region
-    facts = facts_of(program)
-    all_flops = facts.cost(region.nodes).flops
-    saved = facts.cost(only_for(region.add, region.entry)).flops
-    if 2 * saved < all_flops:
-        return f"{escaping(region)}; that leaves {saved / all_flops:.0%} of it to save"
-    return None
+    return kept_by_readers(program, block)
 
 
 def _removal_refusal(

@@ -5,21 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from torch import fx, nn
+from torch import fx
 
-from graphopt.kernels.layer_gate import LayerGate
 from graphopt.passes.base import Change
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import PlanError
 from graphopt.passes.facts import attribute_of, facts_of
-from graphopt.passes.lazy_branches import make_lazy, only_for
+from graphopt.passes.lazy_branches import only_for
 from graphopt.passes.program import Program
 from graphopt.passes.tokens import Region
 
 from .residual_blocks import BlockPlace
-
-_GATE = "layer_gate"
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Skip(Details):
@@ -78,48 +74,6 @@ def read_change(change: Change) -> Skip | Removal:
     return read_details(Skip, change)
 
 
-def gate_name(program: Program, region: Region, taken: set[str]) -> str:
-    """Return a free name in the module whose forward adds."""
-    owner = _owner(program, region)[-1]
-    names = (f"{owner}.{_GATE}{end}".lstrip(".") for end in ["", *map(str, range(1, 10**6))])
-    return next(
-        name
-        for name in names
-        if name not in taken and not hasattr(program.module(owner), name.rpartition(".")[2])
-    )
-
-
-def insert_gate(program: Program, region: Region, details: Skip) -> None:
-    """Put a gate behind a region's add.
-
-    Raises:
-        PlanError: if the gate's name is not the one that is free there.
-    """
-    modules = _owner(program, region)
-    owner, _, attribute = details.gate.rpartition(".")
-    holder = program.module(owner)
-    if owner != modules[-1] or hasattr(holder, attribute):
-        raise PlanError(
-            f"the gate {details.gate!r} does not fit the model; is this plan for another one?"
-        )
-    gate = LayerGate(
-        rate=details.rate, plateau=details.plateau, seed=details.seed, number=details.number
-    )
-    holder.add_module(attribute, gate.train(holder.training))
-    add, graph = region.add, program.graph
-    with graph.inserting_after(add):
-        node = graph.call_module(details.gate, (add,), {"entry": region.entry})
-    calls = tuple(add.meta["calls"])[: len(modules)]
-    # Analyses see the gate as what it is in evaluation mode: its first argument.
-    body = fx.Graph()
-    x = body.placeholder("x")
-    x.meta["val"] = add.meta["val"]
-    body.output(x)
-    node.meta = {"val": add.meta["val"], "modules": modules, "calls": calls, "body": body}
-    make_lazy(node)
-    add.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-
-
 def remove_block(program: Program, region: Region, details: Removal, change: Change) -> None:
     """Let a region's entry take the place of its result, and drop the parameters it alone reads.
 
@@ -162,14 +116,3 @@ def freed_parameters(program: Program, region: Region) -> tuple[Freed, ...]:
             )
         )
     return tuple(found)
-
-
-def _owner(program: Program, region: Region) -> tuple[str, ...]:
-    """Return the names of the module that gets the gate and of all around it, outermost first.
-
-    It is no container, if there is a choice: those are counted, indexed and called by position.
-    """
-    modules = tuple(region.add.meta["modules"])
-    while len(modules) > 1 and isinstance(program.module(modules[-1]), _CONTAINERS):
-        modules = modules[:-1]
-    return modules

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.kernels.layer_gate import LayerGate
+from graphopt.kernels.gates import Gate
 from graphopt.passes.base import Change, Context
 from graphopt.passes.details import Details
 from graphopt.passes.errors import PlanError
 from graphopt.passes.facts import attribute_of, facts_of
+from graphopt.passes.lazy_branches import only_for
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.tokens import Region, residual_stream
 
@@ -125,8 +126,21 @@ def refusal(program: Program, context: Context, block: ResidualBlock) -> str | N
     return None
 
 
+def kept_by_readers(program: Program, block: ResidualBlock) -> str | None:
+    """Say why leaving a block out in training saves little, None if it saves half of it at least.
+
+    What something outside of it reads is computed in any case.
+    """
+    region, facts = block.region, facts_of(program)
+    all_flops = facts.cost(region.nodes).flops
+    saved = facts.cost(only_for(region.add, region.entry)).flops
+    if 2 * saved < all_flops:
+        return f"{escaping(region)}; that leaves {saved / all_flops:.0%} of it to save"
+    return None
+
+
 def _is_gate(program: Program, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(program.module(str(node.target)), LayerGate)
+    return node.op == "call_module" and isinstance(program.module(str(node.target)), Gate)
 
 
 def _written_outside(region: Region) -> fx.Node | None:

@@ -213,7 +213,7 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     compressing = {"factorize-low-rank", "prune-channels", "quantize-weights", "sparsify-blocks"}
     folding = {"fold-batch-norm", "fuse-projections"}
     allocating = {"pack-tokens", "drop-dead-tokens", "hoist-frozen-prefix"}
-    gating = {"gate-tokens", "gate-layers", "freeze-blocks", "ramp-resolution"}
+    gating = {"gate-tokens", "gate-layers", "freeze-blocks", "ramp-resolution", "grow-depth"}
     assert names == compressing | folding | allocating | gating | {"add-ngram-embeddings"}
     assert isinstance(data["recipes"], dict)
     for_training = {"exact", "fine-tune", "pretrain", "train"}

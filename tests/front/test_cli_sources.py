@@ -19,13 +19,13 @@ from torch import nn
 
 def build() -> nn.Module:
     """Return the model without weights worth keeping."""
-    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+    return nn.Sequential(nn.Linear(16, 8192), nn.ReLU(), nn.Linear(8192, 8))
 '''
 
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    return nn.Sequential(nn.Linear(16, 8192), nn.ReLU(), nn.Linear(8192, 8)).eval()
 
 
 def run(*arguments: object) -> int:

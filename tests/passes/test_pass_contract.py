@@ -71,6 +71,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "freeze-blocks": ("bert-classifier", "llama"),
     "gate-tokens": ("deeper-bert-classifier", "deeper-gpt2"),
     "gate-layers": ("bert-classifier", "gpt2"),
+    "grow-depth": ("bert-classifier", "gpt2", "llama"),
     "drop-dead-tokens": ("bert-classifier",),
     "fold-batch-norm": ("convolutions",),
     "fuse-projections": ("llama",),

@@ -1,0 +1,186 @@
+"""A new model's layers are left out at first, and join later as copies of those that trained.
+
+before: x = x + f(x)
+after:  x = gate(x + f(x), entry=x)      in training x alone up to some progress, f's weights 0;
+                                         from then on x + f(x), f from the weights of a block below
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from pydantic import Field
+from torch import nn
+
+from graphopt.kernels.depth_gate import DepthGate, is_untrained
+from graphopt.passes.base import (
+    Candidate,
+    Change,
+    Context,
+    Miss,
+    Pass,
+    Proposal,
+    State,
+    shared_names,
+)
+from graphopt.passes.details import Details, read_details
+from graphopt.passes.errors import ConfigError
+from graphopt.passes.facts import attribute_of, facts_of
+from graphopt.passes.program import Program
+from graphopt.passes.tokens import residual_stream
+
+from .block_gates import gate_name, insert_gate, remove_gate
+from .layer_changes import freed_parameters
+from .repeated_blocks import ordered_weights, repeated_blocks
+from .residual_blocks import BlockPlace, ResidualBlock, find_block, kept_by_readers, refusal
+
+_GATE = "depth_gate"
+
+
+class _Growth(Details):
+    """What `apply` needs.
+
+    Attributes:
+        place: Which block.
+        gate: Name of the gate to add to the model.
+        own: Names of the block's parameters.
+        donor: Names of those that are copied into them.
+        joins: Progress from which the block takes part.
+    """
+
+    place: BlockPlace
+    gate: str
+    own: tuple[str, ...] = Field(min_length=1)
+    donor: tuple[str, ...] = Field(min_length=1)
+    joins: float = Field(gt=0, lt=1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GrowDepth(Pass):
+    """Train the first layers alone at first; the others then join as copies of these.
+
+    Layers are what a residual stream repeats (attention and feed-forward, or one block), found by
+    their operations and shapes. Of n layers the first `start * n`, at least one, train from the
+    beginning; layer i joins at progress `joins` with the weights of layer i modulo that. Until then
+    its weights are 0, so that a checkpoint taken earlier is a model of the first layers in the full
+    model's form; to be trained further, it has to go on with the gates.
+
+    For models with fresh weights only: a block counts as trained, and is left alone, if none of its
+    parameters has the same value everywhere, as a norm's weights of 1 or a bias of 0 have.
+
+    Source: G_stack (arXiv 2405.15319); progressive stacking (Gong et al., ICML 2019).
+
+    Attributes:
+        start: Share of the layers that train from the beginning, above 0 and below 1.
+        joins: Progress at which the others join, above 0 and below 1.
+    """
+
+    name: ClassVar[str] = "grow-depth"
+    exact: ClassVar[bool] = False
+
+    start: float = 0.25
+    joins: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0 < self.start < 1 or not 0 < self.joins < 1:
+            raise ConfigError(
+                "grow-depth takes a start and a progress to join at, both above 0 and below 1, got "
+                f"start={self.start}, joins={self.joins}"
+            )
+
+    def propose(self, program: Program, context: Context) -> Proposal:
+        """Find the layers that repeat; gate all but the first."""
+        layers = repeated_blocks(program).layers
+        if not layers:
+            found = residual_stream(program).reason or "no residual block follows one like it"
+            return Proposal(misses=(self._miss("(model)", found),))
+        kept = max(1, int(self.start * len(layers)))
+        candidates: list[Candidate] = []
+        misses: list[Miss] = []
+        taken: set[str] = set()
+        for index in range(kept, len(layers)):
+            for block, donor in zip(layers[index], layers[index % kept], strict=True):
+                reason = _refusal(program, context, block)
+                if reason is not None:
+                    misses.append(self._miss(block.name, reason))
+                    continue
+                gate = gate_name(program, block.region, _GATE, taken)
+                taken.add(gate)
+                candidates.append(self._candidate(program, block, donor, gate))
+        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+
+    def transfer(self, program: Program, change: Change, context: Context) -> State:
+        """Return nothing: no value changes before the training."""
+        return {}
+
+    def reconstruct(self, program: Program, change: Change, state: State) -> State:
+        """Return nothing: the parameters as they are compute the same."""
+        return {}
+
+    def apply(self, program: Program, change: Change) -> None:
+        """Put a gate behind the block's add."""
+        details = read_details(_Growth, change)
+        region = find_block(program, details.place, change)
+        gate = DepthGate(own=details.own, donor=details.donor, joins=details.joins)
+        gate.attach(program.model)
+        insert_gate(program, region, details.gate, gate)
+        program.changed()
+
+    def restore(self, model: nn.Module, change: Change) -> None:
+        """Take the gate away; a block that has not joined yet keeps weights of 0."""
+        remove_gate(model, read_details(_Growth, change).gate, DepthGate)
+
+    def trains_only(self, change: Change) -> bool:
+        """Say that evaluation is as before."""
+        return True
+
+    def _miss(self, target: str, reason: str) -> Miss:
+        return Miss(pass_name=self.name, target=target, reason=reason)
+
+    def _candidate(
+        self, program: Program, block: ResidualBlock, donor: ResidualBlock, gate: str
+    ) -> Candidate:
+        details = _Growth(
+            place=block.place,
+            gate=gate,
+            own=ordered_weights(program, block),
+            donor=ordered_weights(program, donor),
+            joins=self.joins,
+        )
+        cost = facts_of(program).cost(block.region.nodes)
+        return Candidate(
+            change=Change(
+                pass_name=self.name,
+                target=block.name,
+                summary=f"joins at {self.joins:.0%} of the training as a copy of {donor.name}",
+                details=details.model_dump(mode="json"),
+            ),
+            before=cost,
+            after=cost,
+            predicted_error=0.0,
+        )
+
+
+def _refusal(program: Program, context: Context, block: ResidualBlock) -> str | None:
+    """Say why a block must take part from the beginning, None if it need not."""
+    reason = refusal(program, context, block) or kept_by_readers(program, block)
+    if reason is not None:
+        return reason
+    freed = freed_parameters(program, block.region)
+    if {item.name for item in freed} < {*block.place.weights}:
+        return "its parameters are also read outside"
+    for item in freed:
+        others = [name for name in shared_names(program.model, item.name) if name != item.name]
+        if others:
+            return f"{item.name} is tied to {others[0]}"
+        if not item.trained:
+            return f"{item.name} is not trained"
+    values = [attribute_of(program, item.name) for item in freed]
+    if any(value.is_meta for value in values):
+        return "parameters on the meta device have no values that show whether they were trained"
+    if not is_untrained(values):
+        return "its weights were trained: none of its parameters has the same value everywhere"
+    return None

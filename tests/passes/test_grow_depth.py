@@ -1,0 +1,154 @@
+"""Layers that are left out at first, and join as copies of those that trained."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from residual_stack import TRAINING, Stack, X, blocks_of
+from torch import Tensor, nn
+from zoo import find_case
+
+import graphopt
+from graphopt.capture import capture
+from graphopt.kernels.depth_gate import DepthGate
+from graphopt.passes.base import Context
+from graphopt.passes.errors import ConfigError
+from graphopt.passes.gates.grow_depth import GrowDepth
+from graphopt.passes.gates.repeated_blocks import repeated_blocks
+
+
+def grown(model: nn.Module, step: GrowDepth | None = None) -> nn.Module:
+    return graphopt.optimize(model, (X,), recipe=[step or GrowDepth()]).train()
+
+
+def advance(model: nn.Module, progress: float) -> None:
+    for module in model.modules():
+        if isinstance(module, DepthGate):
+            module.advance(0, progress)
+
+
+def trained(model: nn.Module, progress: float, steps: int = 3) -> nn.Module:
+    """Return the model after some steps at one progress."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    advance(model, progress)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def reasons(model: nn.Module, context: Context = TRAINING, example: Tensor = X) -> list[str]:
+    return [miss.reason for miss in GrowDepth().propose(capture(model, (example,)), context).misses]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "layers"), [("bert-classifier", 2, 2), ("gpt2", 2, 2), ("llama", 2, 2)]
+)
+def test_layers_are_found(name: str, blocks: int, layers: int) -> None:
+    case = find_case(name)
+    args, kwargs = case.call(2, 7)
+    found = repeated_blocks(capture(case.build(), kwargs or args)).layers
+    assert [len(layer) for layer in found] == [blocks] * layers
+
+
+def test_the_first_layers_train_alone_as_a_model_of_these() -> None:
+    model = trained(grown(Stack(blocks=4)), 0.2)
+    small = trained(without_tail(Stack(blocks=4), 1), 0.2)
+    assert torch.equal(model(X), small(X))
+    assert torch.equal(model.eval()(X), small.eval()(X))
+
+
+def test_a_layer_joins_as_a_copy_and_trains_on() -> None:
+    model = grown(Stack(blocks=4), GrowDepth(start=0.5))
+    first, second, *others = blocks_of(trained(model, 0.2))
+    advance(model, 0.5)
+    model(X)
+    for block, donor in zip(others, (first, second), strict=True):
+        for own, value in zip(block.parameters(), donor.parameters(), strict=True):
+            assert torch.equal(own, value)
+    last = blocks_of(trained(model, 0.6))[-1]
+    assert not torch.equal(last.up.weight, second.up.weight)
+
+
+def test_a_layer_that_is_left_out_has_no_gradient() -> None:
+    model = grown(Stack(blocks=4))
+    advance(model, 0.0)
+    model(X).sum().backward()
+    first, *others = blocks_of(model)
+    assert all(parameter.grad is not None for parameter in first.parameters())
+    assert all(p.grad is None for block in others for p in block.parameters())
+    assert not any(p.any() for block in others for p in block.parameters())
+
+
+def test_nothing_happens_before_progress_is_reported() -> None:
+    model = grown(Stack(blocks=4))
+    assert torch.equal(model(X), Stack(blocks=4)(X))
+
+
+@pytest.mark.parametrize("saved_at", [0.2, 0.7])
+def test_a_training_goes_on_from_a_checkpoint(saved_at: float, tmp_path: Path) -> None:
+    model = trained(trained(grown(Stack(blocks=4)), 0.2), saved_at)
+    graphopt.save(model, tmp_path / "saved")
+    again = graphopt.load(tmp_path / "saved", base=Stack(blocks=4)).train()
+    assert torch.equal(trained(again, 0.8)(X), trained(model, 0.8)(X))
+
+
+def test_a_trained_model_is_not_touched_by_a_new_training() -> None:
+    model = trained(trained(grown(Stack(blocks=4)), 0.2), 0.7)
+    plain = copy.deepcopy(model)
+    again = graphopt.optimize(Stack(blocks=4), (X,), recipe=[GrowDepth()]).train()
+    again.load_state_dict(plain.state_dict())
+    advance(again, 0.0)
+    assert torch.equal(again(X), plain(X))
+
+
+def test_a_copy_of_the_model_grows_by_itself() -> None:
+    model = grown(Stack(blocks=4))
+    before = copy.deepcopy(model.state_dict())
+    trained(copy.deepcopy(model), 0.2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_trained_frozen_and_ignored_layers_are_refused() -> None:
+    model = Stack(blocks=3)
+    _, second, third = blocks_of(model)
+    for parameter in second.parameters():
+        nn.init.normal_(parameter)
+    third.up.weight.requires_grad_(False)
+    assert reasons(model) == [
+        "its weights were trained: none of its parameters has the same value everywhere",
+        "blocks.2.up.weight is not trained",
+    ]
+    assert reasons(Stack(blocks=2), Context(training=True, ignore=("blocks.1",))) == [
+        "ignored by the pattern 'blocks.1'"
+    ]
+
+
+def test_tied_and_meta_layers_are_refused() -> None:
+    model = Stack(blocks=2)
+    first, second = blocks_of(model)
+    second.up.weight = first.up.weight
+    assert "tied" in reasons(model)[0] or "read outside" in reasons(model)[0]
+    meta = reasons(Stack(blocks=2).to("meta"), example=X.to("meta"))
+    assert meta == [
+        "parameters on the meta device have no values that show whether they were trained"
+    ]
+
+
+def test_a_model_without_repetition_is_refused() -> None:
+    assert reasons(Stack(blocks=1)) == ["no residual block follows one like it"]
+
+
+@pytest.mark.parametrize("options", [{"start": 0}, {"start": 1}, {"joins": 0}, {"joins": 1}])
+def test_options_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="above 0 and below 1"):
+        GrowDepth(**options)
+
+
+def without_tail(model: Stack, kept: int) -> Stack:
+    model.blocks = model.blocks[:kept]
+    return model.train()
