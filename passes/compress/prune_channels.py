@@ -55,7 +55,7 @@ class PruneChannels(Pass):
     Source: ZipLM, Kurtic et al. 2023 (arXiv 2302.04089); repair: FLAP, An et al. 2023.
 
     Attributes:
-        share: Share of units kept where the context has no budget.
+        share: Share of units kept where the context has no budget; 1 prunes for a budget only.
         round_to: Units left are a multiple of this, heads excepted; 0 chooses: 8 on a CPU, on a
             GPU 64 for groups of 512 and more, else 16.
         scores: "auto" (OBS with calibration data, else magnitude), "magnitude" or "obs".
@@ -246,6 +246,8 @@ class PruneChannels(Pass):
         """Say why a group that could be pruned keeps all its units."""
         if context.kept_share(0.0, *_names(group)) == 1:
             return "it is kept whole by a pattern"
+        if context.budget is None and self.share == 1:
+            return "no budget asks for less; give one, such as '60%'"
         step = self._step(group)
         return f"all {group.size} {group.kind} fit when rounded to {step}"
 

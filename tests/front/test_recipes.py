@@ -31,9 +31,11 @@ def test_the_exact_preset_only_has_exact_passes_that_training_allows() -> None:
     assert recipe.budget is None
 
 
-def test_training_keeps_sixty_percent_everywhere() -> None:
+def test_training_prunes_for_a_budget_only() -> None:
     recipe = load_recipe("train")
-    assert (recipe.budget, recipe.training, recipe.allocation) == (0.6, True, "uniform")
+    assert (recipe.budget, recipe.training, recipe.allocation) == (None, True, "uniform")
+    assert recipe.passes[0] == PassSpec(name="prune-channels", options={"share": 1})
+    assert recipe.with_settings(budget="60%").budget == 0.6
 
 
 @pytest.mark.parametrize(
