@@ -30,6 +30,9 @@ _PARTS = 100
 class Language:
     """The workload; arguments of the model are those of `GPT2Config`.
 
+    A checkpoint has its own; there `frozen` is the number of first blocks that are not trained, and
+    with them the embeddings, of which one is the head too.
+
     Args:
         checkpoint: Directory of a checkpoint to adapt, None to start from random weights.
         length: Bytes of a sample.
@@ -62,6 +65,7 @@ class Language:
         torch.manual_seed(seed)
         if self._checkpoint is not None:
             adapted: nn.Module = GPT2LMHeadModel.from_pretrained(self._checkpoint)
+            _freeze(adapted, arguments.get("frozen", 0))
             return adapted
         sizes = {"vocab_size": _VOCABULARY, "n_positions": self._length, "use_cache": False}
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -121,6 +125,12 @@ class Language:
             name: torch.frombuffer(bytearray(b"\n".join(files)), dtype=torch.uint8)
             for name, files in parts.items()
         }
+
+
+def _freeze(model: Any, blocks: int) -> None:
+    parts = (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:blocks])
+    for part in parts if blocks else ():
+        part.requires_grad_(False)
 
 
 def _files() -> list[tuple[Path, int, int]]:
