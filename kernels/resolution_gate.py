@@ -27,7 +27,7 @@ class ResolutionGate(Gate):
     """
 
     def __init__(
-        self, *, start: float = 0.5, hold: float = 0.5, full_at: float = 0.8, multiple: int = 4
+        self, *, start: float = 0.5, hold: float = 0.2, full_at: float = 0.6, multiple: int = 4
     ) -> None:
         """Hold the schedule; a gate has no parameters and no buffers."""
         super().__init__()

@@ -66,8 +66,8 @@ class RampResolution(Pass):
     exact: ClassVar[bool] = False
 
     start: float = 0.5
-    hold: float = 0.5
-    full_at: float = 0.8
+    hold: float = 0.2
+    full_at: float = 0.6
     multiple: int = 4
 
     def __post_init__(self) -> None:
