@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .gates import Gate
 from .layer_gate import without_block
@@ -20,8 +20,8 @@ class DepthGate(Gate):
     agree on what the model is: f(x) = 0. From then on it trains as every other, from the other
     block's values. What a gate has to know is in the parameters: zeros are a block that is left
     out, and a block that was trained is not touched, also where a training begins anew. Parameters
-    that are left out get no gradient (of zero where processes train together, as
-    DistributedDataParallel wants).
+    that are left out get no gradient, so that Adam begins anew with them; where processes train
+    together it is zero, as DistributedDataParallel wants.
 
     As long as nobody reports progress, nothing happens. The model's parameters must be whole, not
     shards, at the time of a forward.
@@ -67,7 +67,8 @@ class DepthGate(Gate):
         """
         if not self.training or self._joined():
             return block()
-        return without_block(entry, sources if torch.distributed.is_initialized() else ())
+        together = distributed.is_available() and distributed.is_initialized()
+        return without_block(entry, sources if together else ())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joined(self) -> bool:

@@ -16,8 +16,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
+from graphopt.kernels.gates import Gate
 from graphopt.kernels.layer_gate import LayerGate
+from graphopt.passes.base import Pass
 from graphopt.passes.gates.gate_layers import GateLayers
+from graphopt.passes.gates.grow_depth import GrowDepth
 from graphopt.training.ranks import whole
 
 RANKS = 2
@@ -39,11 +42,12 @@ class Block(nn.Module):
         return result
 
 
-def build() -> nn.Module:
+def build(step: Pass | None = None) -> nn.Module:
+    """Return a model with gates, by default those that leave out blocks at random."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(8, 8), *[Block() for _ in range(4)], nn.Linear(8, 3)).double()
     example = torch.randn(ROWS, 8, dtype=torch.float64)
-    return graphopt.optimize(model, (example,), recipe=[GateLayers(rate=0.7)]).train()
+    return graphopt.optimize(model, (example,), recipe=[step or GateLayers(rate=0.7)]).train()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -52,11 +56,21 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x[:, :8], x[:, 8:]
 
 
-def train(model: nn.Module, part: slice) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the losses and the last values, and the gates' last decisions as a tensor."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def train(
+    model: nn.Module, part: slice, *, growing: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the losses and the last values.
+
+    A growing model is told its progress, and trained by gradient descent: for a block that is left
+    out that is the same with a gradient of zero, as ranks have it, and with none.
+    """
+    kind = torch.optim.SGD if growing else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=1e-2)
     losses: list[float] = []
     for step in range(STEPS):
+        for gate in model.modules() if growing else ():
+            if isinstance(gate, Gate):
+                gate.advance(step, step / STEPS)
         x, target = batch(step)
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x[part]), target[part])
@@ -103,6 +117,10 @@ def run_rank(rank: int, directory: str) -> None:
                 "decisions": decisions(model),
             }
             torch.save(found, Path(directory) / f"{kind}-{rank}.pt")
+        grown = DistributedDataParallel(build(GrowDepth()))
+        losses, values = train(grown, slice(rank * ROWS, (rank + 1) * ROWS), growing=True)
+        kept = {**values, "losses": torch.tensor(losses, dtype=torch.float64)}
+        torch.save(kept, Path(directory) / f"grown-{rank}.pt")
         distributed.barrier()
     finally:
         # Models hold on to the group by reference cycles; its threads end only with them.

@@ -11,6 +11,8 @@ from layer_gate_ranks import RANKS, build, decisions, run_rank, train
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
+from graphopt.passes.gates.grow_depth import GrowDepth
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,6 +45,19 @@ def test_blocks_are_left_out_alike_in_one_process_and_in_two(
     mean = (first.pop("losses") + second.pop("losses")) / 2
     # Means of two means are rounded differently; eight steps of Adam amplify that by less than 1e5.
     torch.testing.assert_close(mean, mean.new_tensor(losses), rtol=0, atol=1e-11)
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-11)
+
+
+def test_a_model_grows_alike_in_one_process_and_in_two(directory: Path) -> None:
+    losses, expected = train(build(GrowDepth()), slice(None), growing=True)
+    first, second = (
+        torch.load(directory / f"grown-{rank}.pt", weights_only=True) for rank in range(RANKS)
+    )
+    mean = (first.pop("losses") + second.pop("losses")) / 2
+    torch.testing.assert_close(mean, mean.new_tensor(losses), rtol=0, atol=1e-11)
+    assert expected["4.up.weight"].any()
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-11)
