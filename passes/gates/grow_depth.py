@@ -32,7 +32,7 @@ from graphopt.passes.tokens import residual_stream
 
 from .block_gates import gate_name, insert_gate, remove_gate
 from .layer_changes import freed_parameters
-from .repeated_blocks import ordered_weights, repeated_blocks
+from .repeated_blocks import ordered_weights, repeated_layers
 from .residual_blocks import BlockPlace, ResidualBlock, find_block, kept_by_readers, refusal
 
 _GATE = "depth_gate"
@@ -93,7 +93,7 @@ class GrowDepth(Pass):
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Find the layers that repeat; gate all but the first."""
-        layers = repeated_blocks(program).layers
+        layers = repeated_layers(program)
         if not layers:
             found = residual_stream(program).reason or "no residual block follows one like it"
             return Proposal(misses=(self._miss("(model)", found),))

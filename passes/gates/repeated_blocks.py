@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -13,21 +12,11 @@ from graphopt.passes.program import Program
 from .residual_blocks import ResidualBlock, residual_blocks
 
 
-@dataclass(frozen=True)
-class Repetition:
-    """The longest run of layers of the same kind.
-
-    Attributes:
-        layers: Each the blocks of one layer (attention and feed-forward, say), in graph order.
-    """
-
-    layers: tuple[tuple[ResidualBlock, ...], ...]
-
-
-def repeated_blocks(program: Program) -> Repetition:
+def repeated_layers(program: Program) -> tuple[tuple[ResidualBlock, ...], ...]:
     """Return the longest run of layers that have the same operations and shapes.
 
-    A layer is the shortest sequence of blocks that repeats. Without repetition there are none.
+    A layer is the shortest sequence of blocks that repeats (attention and feed-forward, say), in
+    graph order. Without repetition there are none.
     """
     blocks = list(residual_blocks(program))
     kinds = [_kind(program, block) for block in blocks]
@@ -39,7 +28,7 @@ def repeated_blocks(program: Program) -> Repetition:
                 best = (start, period, layers)
     start, period, layers = best
     firsts = range(start, start + period * layers, period or 1)
-    return Repetition(layers=tuple(tuple(blocks[at : at + period]) for at in firsts))
+    return tuple(tuple(blocks[at : at + period]) for at in firsts)
 
 
 def ordered_weights(program: Program, block: ResidualBlock) -> tuple[str, ...]:
