@@ -81,7 +81,7 @@ class GrowDepth(Pass):
     exact: ClassVar[bool] = False
 
     start: float = 0.25
-    joins: float = 0.5
+    joins: float = 0.7
 
     def __post_init__(self) -> None:
         """Check the options."""

@@ -61,7 +61,7 @@ def test_the_first_layers_train_alone_as_a_model_of_these() -> None:
 
 
 def test_a_layer_joins_as_a_copy_and_trains_on() -> None:
-    model = grown(Stack(blocks=4), GrowDepth(start=0.5))
+    model = grown(Stack(blocks=4), GrowDepth(start=0.5, joins=0.5))
     first, second, *others = blocks_of(trained(model, 0.2))
     advance(model, 0.5)
     model(X)
