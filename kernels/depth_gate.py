@@ -41,6 +41,8 @@ class DepthGate(Gate):
         self.donor = tuple(donor)
         self.joins = joins
         self._takes_part = False
+        # Which parameters were 0 when last looked at, with how often each was written to.
+        self._zeros: tuple[tuple[int, int], ...] = ()
         # In a tuple, so that the model is no child of its own gate.
         self._model: tuple[nn.Module, ...] = ()
 
@@ -77,6 +79,9 @@ class DepthGate(Gate):
         if self._takes_part or not self._advanced:
             return True
         own = self._parameters_of(self.own)
+        # To look at values waits for the device, so not in every step.
+        if self.progress < self.joins and _writes(own) == self._zeros:
+            return False
         left_out = not any(bool(parameter.any()) for parameter in own)
         if self.progress >= self.joins and left_out:
             self._copy(own)
@@ -85,6 +90,7 @@ class DepthGate(Gate):
             with torch.no_grad():
                 for parameter in own:
                     parameter.zero_()
+        self._zeros = () if self._takes_part else _writes(own)
         return self._takes_part
 
     def _copy(self, own: Sequence[nn.Parameter]) -> None:
@@ -116,3 +122,7 @@ def is_untrained(parameters: Sequence[Tensor]) -> bool:
     all entries, each by its own gradient.
     """
     return any(p.numel() > 1 and bool((p == p.flatten()[0]).all()) for p in parameters)
+
+
+def _writes(parameters: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((id(parameter), parameter._version) for parameter in parameters)

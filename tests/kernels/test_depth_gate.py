@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.kernels.depth_gate import DepthGate, is_untrained
 
@@ -42,6 +45,32 @@ def test_a_block_is_left_out_and_joins_once() -> None:
     gate.advance(2, 0.6)
     gate.run(x, lambda: x)
     assert not model.block.weight.any()
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value decides what Python does, for which it waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_block_that_is_left_out_is_looked_at_only_where_it_was_written_to() -> None:
+    model, gate = pair()
+    x = torch.randn(3, 4)
+    gate.advance(0, 0.1)
+    gate.run(x, lambda: x)
+    with Reads() as reads:  # type: ignore[no-untyped-call]
+        gate.run(x, lambda: x)
+        assert reads.count == 0
+        nn.init.normal_(model.block.weight)
+        nn.init.normal_(model.block.bias)
+        assert torch.equal(gate.run(x, lambda: 2 * x), 2 * x)
+        assert reads.count > 0
 
 
 def test_evaluation_runs_the_block_and_changes_nothing() -> None:
