@@ -98,7 +98,8 @@ def saving(method: Sequence[Trial], dense: Mapping[float, Sequence[Trial]]) -> I
             return -math.inf
         return 1 - statistics.fmean(trial.flops for trial in own) / compute_at(loss, points)
 
-    return _bootstrap(value, sorted({trial.seed for trial in method}))
+    arms = (method, *dense.values())
+    return _bootstrap(value, sorted({trial.seed for trials in arms for trial in trials}))
 
 
 def difference(
@@ -121,8 +122,9 @@ def _bootstrap(
 ) -> Interval:
     """Return a value of all seeds, and its interval over draws of seeds.
 
-    One draw of seeds goes for all arms, so that what a seed does to both cancels; an arm without
-    one of them takes another of its own.
+    One draw of seeds goes for all arms, so that what a seed does to both cancels. An arm takes as
+    many of them as it has itself, as fewer seeds know less, and for those that it lacks others of
+    its own.
     """
     draws = random.Random(0)
     found = []
@@ -131,7 +133,7 @@ def _bootstrap(
 
         def resampled(trials: Sequence[Trial], drawn: Sequence[int] = drawn) -> Sequence[Trial]:
             by_seed = {trial.seed: trial for trial in trials}
-            return [by_seed.get(seed) or draws.choice(trials) for seed in drawn]
+            return [by_seed.get(seed) or draws.choice(trials) for seed in drawn[: len(trials)]]
 
         found.append(value(resampled))
     found.sort()

@@ -66,6 +66,17 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert found.low < found.value < found.high
 
 
+def test_a_budget_of_fewer_seeds_is_drawn_as_often_as_it_has_seeds() -> None:
+    dense = {0.5: trials(50, [2.0] * 8), 1.0: trials(100, [0.8, 1.2])}
+    found = saving(trials(60, [1.4] * 8, "method"), dense)
+    # Both of two seeds are the same one in half of the draws, so each alone is in the interval.
+    alone = [
+        saving(trials(60, [1.4] * 8, "method"), {**dense, 1.0: trials(100, [loss])}).value
+        for loss in (1.2, 0.8)
+    ]
+    assert [found.low, found.high] == pytest.approx(sorted(alone))
+
+
 def test_a_method_that_loses_more_than_every_budget_saves_nothing() -> None:
     dense = {0.5: trials(50, [2.0] * 2), 1.0: trials(100, [1.0] * 2)}
     assert saving(trials(10, [3.0] * 2, "method"), dense).value == -math.inf
