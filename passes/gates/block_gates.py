@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
+
 from torch import fx, nn
 
 from graphopt.kernels.gates import Gate
@@ -16,7 +18,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def gate_name(program: Program, region: Region, kind: str, taken: set[str]) -> str:
     """Return a free name, such as `layer_gate`, in the module whose forward adds."""
     owner = _owner(program, region)[-1]
-    names = (f"{owner}.{kind}{end}".lstrip(".") for end in ["", *map(str, range(1, 10**6))])
+    ends = chain([""], map(str, count(1)))
+    names = (f"{owner}.{kind}{end}".lstrip(".") for end in ends)
     return next(
         name
         for name in names
