@@ -90,6 +90,7 @@ class Program:
         compares_outputs: Whether changes are judged by the outputs even where the model gives its
             own loss.
         leaves: Leaf calls traced so far, by all that decides the result; copies share them.
+        results: Fake results of other operations that were computed again so far, likewise.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Program:
         self.unread_outputs: frozenset[int] = frozenset()
         self.compares_outputs = False
         self.leaves: dict[Hashable, Leaf] = {}
+        self.results: dict[Hashable, torch.Tensor] = {}
         self._call_facts: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._function: Callable[..., Any] | None = None

@@ -70,7 +70,7 @@ def refresh(program: Program) -> None:
             try:
                 found = _inputs(node, program.model)
                 if node.meta.get("computed_from") != found:
-                    node.meta["val"] = propagation.value(node)
+                    node.meta["val"] = propagation.value(node, found)
                     node.meta["computed_from"] = found
             except Exception as error:
                 text = str(error) or type(error).__name__
@@ -165,14 +165,20 @@ class _Propagation:
         self.mode = mode
         self.fakes: dict[str, torch.Tensor] = {}
 
-    def value(self, node: fx.Node) -> Any:
+    def value(self, node: fx.Node, computed_from: tuple[Any, ...]) -> Any:
         if node.op == "get_attr":
             return self._attribute(str(node.target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        if node.op == "call_function":
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        return self._call(node, args, kwargs)
+        if node.op == "call_module":
+            return self._call(node, args, kwargs)
+        known = self.program.results.get(computed_from)
+        if known is not None:
+            return known
+        assert callable(node.target)
+        value = node.target(*args, **kwargs)
+        if isinstance(value, torch.Tensor) and not free_unbacked_symbols(value):
+            self.program.results[computed_from] = value
+        return value
 
     def _attribute(self, name: str) -> Any:
         parent, _, attribute = name.rpartition(".")

@@ -40,7 +40,7 @@ from .residual_blocks import (
     BLOCK_ORDER,
     ResidualBlock,
     escaping,
-    find_block,
+    find_blocks,
     kept_by_readers,
     refusal,
     residual_blocks,
@@ -138,7 +138,7 @@ class GateLayers(Pass):
     def apply(self, program: Program, change: Change) -> None:
         """Put a gate behind the block's add, or the block's entry in its place."""
         details = read_change(change)
-        region = find_block(program, details.place, change)
+        (region,) = find_blocks(program, [details.place], change)
         if isinstance(details, Skip):
             insert_gate(program, region, details.gate, _gate(details))
         else:

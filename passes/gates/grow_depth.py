@@ -7,6 +7,7 @@ after:  x = gate(x + f(x), entry=x)      in training x alone up to some progress
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -33,26 +34,37 @@ from graphopt.passes.tokens import residual_stream
 from .block_gates import gate_name, insert_gate, remove_gate
 from .layer_changes import freed_parameters
 from .repeated_blocks import ordered_weights, repeated_layers
-from .residual_blocks import BlockPlace, ResidualBlock, find_block, kept_by_readers, refusal
+from .residual_blocks import BlockPlace, ResidualBlock, find_blocks, kept_by_readers, refusal
 
 _GATE = "depth_gate"
+_TARGET = "(layers)"
 
 
-class _Growth(Details):
-    """What `apply` needs.
+class _Later(Details):
+    """A block that joins later.
 
     Attributes:
         place: Which block.
         gate: Name of the gate to add to the model.
         own: Names of the block's parameters.
         donor: Names of those that are copied into them.
-        joins: Progress from which the block takes part.
     """
 
     place: BlockPlace
     gate: str
     own: tuple[str, ...] = Field(min_length=1)
     donor: tuple[str, ...] = Field(min_length=1)
+
+
+class _Growth(Details):
+    """What `apply` needs.
+
+    Attributes:
+        blocks: The blocks that join later, in graph order.
+        joins: Progress from which they take part.
+    """
+
+    blocks: tuple[_Later, ...] = Field(min_length=1)
     joins: float = Field(gt=0, lt=1)
 
 
@@ -98,19 +110,32 @@ class GrowDepth(Pass):
             found = residual_stream(program).reason or "no residual block follows one like it"
             return Proposal(misses=(self._miss("(model)", found),))
         kept = max(1, int(self.start * len(layers)))
-        candidates: list[Candidate] = []
+        later: list[_Later] = []
+        gated: list[ResidualBlock] = []
         misses: list[Miss] = []
-        taken: set[str] = set()
         for index in range(kept, len(layers)):
             for block, donor in zip(layers[index], layers[index % kept], strict=True):
                 reason = _refusal(program, context, block)
                 if reason is not None:
                     misses.append(self._miss(block.name, reason))
                     continue
-                gate = gate_name(program, block.region, _GATE, taken)
-                taken.add(gate)
-                candidates.append(self._candidate(program, block, donor, gate))
-        return Proposal(candidates=tuple(candidates), misses=tuple(misses))
+                gated.append(block)
+                later.append(
+                    _Later(
+                        place=block.place,
+                        gate=gate_name(program, block.region, _GATE, {item.gate for item in later}),
+                        own=ordered_weights(program, block),
+                        donor=ordered_weights(program, donor),
+                    )
+                )
+        if not later:
+            return Proposal(misses=tuple(misses))
+        summary = (
+            f"{kept} of {len(layers)} layers train from the beginning, {len(later)} blocks of the "
+            f"others join at {self.joins:.0%} of the training as their copies"
+        )
+        candidate = self._candidate(program, gated, later, summary)
+        return Proposal(candidates=(candidate,), misses=tuple(misses))
 
     def transfer(self, program: Program, change: Change, context: Context) -> State:
         """Return nothing: no value changes before the training."""
@@ -121,17 +146,20 @@ class GrowDepth(Pass):
         return {}
 
     def apply(self, program: Program, change: Change) -> None:
-        """Put a gate behind the block's add."""
+        """Put a gate behind every block's add."""
         details = read_details(_Growth, change)
-        region = find_block(program, details.place, change)
-        gate = DepthGate(own=details.own, donor=details.donor, joins=details.joins)
-        gate.attach(program.model)
-        insert_gate(program, region, details.gate, gate)
+        regions = find_blocks(program, [block.place for block in details.blocks], change)
+        # The last one first: behind a gate, the next block starts from that and not from the add.
+        for block, region in reversed([*zip(details.blocks, regions, strict=True)]):
+            gate = DepthGate(own=block.own, donor=block.donor, joins=details.joins)
+            gate.attach(program.model)
+            insert_gate(program, region, block.gate, gate)
         program.changed()
 
     def restore(self, model: nn.Module, change: Change) -> None:
-        """Take the gate away; a block that has not joined yet keeps weights of 0."""
-        remove_gate(model, read_details(_Growth, change).gate, DepthGate)
+        """Take the gates away; a block that has not joined yet keeps weights of 0."""
+        for block in read_details(_Growth, change).blocks:
+            remove_gate(model, block.gate, DepthGate)
 
     def trains_only(self, change: Change) -> bool:
         """Say that evaluation is as before."""
@@ -141,21 +169,19 @@ class GrowDepth(Pass):
         return Miss(pass_name=self.name, target=target, reason=reason)
 
     def _candidate(
-        self, program: Program, block: ResidualBlock, donor: ResidualBlock, gate: str
+        self,
+        program: Program,
+        gated: Sequence[ResidualBlock],
+        later: Sequence[_Later],
+        summary: str,
     ) -> Candidate:
-        details = _Growth(
-            place=block.place,
-            gate=gate,
-            own=ordered_weights(program, block),
-            donor=ordered_weights(program, donor),
-            joins=self.joins,
-        )
-        cost = facts_of(program).cost(block.region.nodes)
+        cost = facts_of(program).cost([node for block in gated for node in block.region.nodes])
+        details = _Growth(blocks=tuple(later), joins=self.joins)
         return Candidate(
             change=Change(
                 pass_name=self.name,
-                target=block.name,
-                summary=f"joins at {self.joins:.0%} of the training as a copy of {donor.name}",
+                target=_TARGET,
+                summary=summary,
                 details=details.model_dump(mode="json"),
             ),
             before=cost,

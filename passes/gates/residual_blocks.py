@@ -82,19 +82,22 @@ def _name(program: Program, weights: Sequence[str]) -> str:
     return ".".join(parts[0] for parts in common) or "(model)"
 
 
-def find_block(program: Program, place: BlockPlace, change: Change) -> Region:
-    """Return the region of a place.
+def find_blocks(
+    program: Program, places: Sequence[BlockPlace], change: Change
+) -> tuple[Region, ...]:
+    """Return the regions of places.
 
     Raises:
-        PlanError: if the program has none there.
+        PlanError: if the program has none at one of them.
     """
-    for found in residual_blocks(program):
-        if found.place == place:
-            return found.region
-    raise PlanError(
-        f"the model has no residual block like the one at {change.target!r}, which the plan "
-        "describes; is this plan for another model?"
-    )
+    regions = {found.place: found.region for found in residual_blocks(program)}
+    missing = [place for place in places if place not in regions]
+    if missing:
+        raise PlanError(
+            f"the model has no residual block with {missing[0].weights[0]!r} like the one at "
+            f"{change.target!r}, which the plan describes; is this plan for another model?"
+        )
+    return tuple(regions[place] for place in places)
 
 
 def escaping(region: Region) -> str:

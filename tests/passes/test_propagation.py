@@ -83,6 +83,23 @@ def test_an_edited_constant_is_recomputed_on_a_model_with_an_lstm() -> None:
     assert shape_of(program.calls("head")[0]) == (2, 5)
 
 
+def test_equal_operations_are_computed_once() -> None:
+    program = captured("bert")
+    source = next(node for node in program.graph.nodes if node.op == "call_module")
+    factors = (2.0, 2.0, 3.0)
+    with program.graph.inserting_after(source):
+        products = [
+            program.graph.call_function(torch.ops.aten.mul.Tensor, (source, factor))
+            for factor in factors
+        ]
+    for product in products:
+        product.meta = {"modules": ("",), "calls": ("",)}
+    refresh(program)
+    first, second, third = (product.meta["val"] for product in products)
+    assert first is second
+    assert first is not third
+
+
 def test_a_plain_attribute_of_a_layer_counts_as_a_change() -> None:
     program = captured("cnn")
     stem = program.module("stem")
