@@ -64,7 +64,7 @@ class FreezeBlocks(Pass):
     name: ClassVar[str] = "freeze-blocks"
     exact: ClassVar[bool] = False
 
-    share: float = 0.5
+    share: float = 0.67
     depth: int = 0
 
     def __post_init__(self) -> None:
