@@ -7,8 +7,8 @@
 
 `run` tunes the learning rate of every arm and budget on the tuning split (seeds up to 0), then
 trains all of them with every seed and measures them on the test split; started again, it goes on.
-`times` measures seconds per operation of the dense model and the method in turns, alone on the
-machine.
+`times` measures seconds per operation of the dense model and the method in turns, and what the
+method's analysis takes, alone on the machine.
 `pretrain` makes the checkpoint that studies of continued pretraining start from (`--checkpoint`).
 `analyse` computes what is saved, with intervals, and draws the frontier.
 
@@ -53,7 +53,10 @@ _Results = Annotated[Path, typer.Option(help="Directory of the results.")]
 
 @dataclass(frozen=True)
 class TimesRow:
-    """Seconds per operation of an arm over those of the dense model, measured in turns."""
+    """Seconds per operation of an arm over those of the dense model, measured in turns.
+
+    `arm_outside_seconds` are those that the arm's model takes to be made.
+    """
 
     study: str
     arm: str
@@ -61,6 +64,22 @@ class TimesRow:
     dense_seconds_per_tflop: float
     arm_seconds_per_tflop: float
     ratio: float
+    arm_outside_seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What an arm and the dense model take.
+
+    Attributes:
+        dense: Seconds per operation of the dense model.
+        own: Seconds per operation of the arm's steps.
+        outside: Seconds that the arm's model takes to be made.
+    """
+
+    dense: float
+    own: float
+    outside: float
 
 
 def load_task(data: Path, checkpoint: Path | None, study: Study) -> Task:
@@ -141,6 +160,7 @@ def times(
         dense_seconds_per_tflop=round(1e12 * statistics.fmean(found.first), 4),
         arm_seconds_per_tflop=round(1e12 * statistics.fmean(found.second), 4),
         ratio=round(found.ratio, 4),
+        arm_outside_seconds=round(found.outside, 2),
     )
     typer.echo(str(row))
     results.mkdir(parents=True, exist_ok=True)
@@ -158,24 +178,27 @@ def analyse(
         name: {s: trials.of(name, s, precision) for s in study.shares_of(name)}
         for name in study.names
     }
-    paces = _paces(results / f"{path.stem}_times.csv")
-    found = _analysis(study, arms, paces)
+    timings = _timings(results / f"{path.stem}_times.csv")
+    found = _analysis(study, arms, timings)
     name = path.stem if precision == "float32" else f"{path.stem}_{precision}"
     (results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    draw(results / f"{name}.png", name.replace("_", " "), arms, paces.get(precision, {}))
+    paces = {arm: timing.own for arm, timing in timings.get(precision, {}).items()}
+    draw(results / f"{name}.png", name.replace("_", " "), arms, paces)
     typer.echo(json.dumps(found, indent=2))
 
 
-def _paces(path: Path) -> dict[str, dict[str, float]]:
-    """Return the seconds per operation of the arms that were timed, by precision, the last time."""
+def _timings(path: Path) -> dict[str, dict[str, Timing]]:
+    """Return the last times of the arms that were timed and of the dense model, by precision."""
     if not path.exists():
         return {}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Timing]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            paces = found.setdefault(row["precision"], {})
-            paces[DENSE] = float(row["dense_seconds_per_tflop"]) / 1e12
-            paces[row["arm"]] = paces[DENSE] * float(row["ratio"])
+            dense = float(row["dense_seconds_per_tflop"]) / 1e12
+            outside = float(row["arm_outside_seconds"])
+            timings = found.setdefault(row["precision"], {})
+            timings[DENSE] = Timing(dense, dense, 0.0)
+            timings[row["arm"]] = Timing(dense, dense * float(row["ratio"]), outside)
     return found
 
 
@@ -187,26 +210,25 @@ def _finite(values: Interval | Difference) -> dict[str, float | None]:
     }
 
 
-def _saved_time(saved: Interval, trials: list[Trial], dense: float, own: float) -> Interval:
+def _saved_time(saved: Interval, trials: list[Trial], timing: Timing) -> Interval:
     """Return the share of the time that is saved where so many operations are.
 
     Args:
         saved: Share of the operations.
-        trials: The trainings, for what they did outside of their steps.
-        dense: Seconds per operation of the dense model.
-        own: Seconds per operation of the arm's steps.
+        trials: The trainings, for how many operations they made outside of their steps.
+        timing: What operations take, and what is outside of steps.
     """
     flops = statistics.fmean(trial.flops for trial in trials)
     outside = statistics.fmean(trial.outside_flops for trial in trials)
-    waited = statistics.fmean(trial.outside_seconds for trial in trials)
-    ratio = ((flops - outside) * own + waited) / (flops * dense)
+    seconds = (flops - outside) * timing.own + timing.outside
+    ratio = seconds / (flops * timing.dense)
     return Interval(*(1 - (1 - share) * ratio for share in (saved.value, saved.low, saved.high)))
 
 
 def _analysis(
     study: Study,
     arms: dict[str, dict[float, list[Trial]]],
-    paces: dict[str, dict[str, float]],
+    timings: dict[str, dict[str, Timing]],
 ) -> dict[str, Any]:
     """Return savings of every arm at equal loss, and the differences to the full budget.
 
@@ -231,9 +253,9 @@ def _analysis(
             allowed = study.tolerance_accuracy
             saved = saving(trials, dense)
             times = {
-                precision: _finite(_saved_time(saved, trials, seconds[DENSE], seconds[name]))
-                for precision, seconds in paces.items()
-                if name in seconds
+                precision: _finite(_saved_time(saved, trials, timed[name]))
+                for precision, timed in timings.items()
+                if name in timed
             }
             found[name] = {
                 "share": share,

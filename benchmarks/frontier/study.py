@@ -41,6 +41,7 @@ class Arm(_Strict):
         model: Arguments of the workload's model that differ from the study's.
         samples: Which samples are trained on.
         rates: Peak learning rates to tune over, None for the study's.
+        seeds: Seeds of each of its budgets, None for the study's.
     """
 
     share: float | None = Field(default=None, gt=0)
@@ -48,6 +49,7 @@ class Arm(_Strict):
     model: dict[str, Any] = Field(default_factory=dict)
     samples: Samples = Samples()
     rates: tuple[float, ...] | None = None
+    seeds: int | None = Field(default=None, gt=0)
 
 
 class Study(_Strict):
@@ -114,7 +116,7 @@ class Study(_Strict):
     def seeds_of(self, name: str, share: float) -> range:
         """Return the seeds that count for an arm at a budget."""
         full = name == METHOD or (name == DENSE and share == max(self.shares))
-        return range(1, 1 + (self.full_seeds if full else self.seeds))
+        return range(1, 1 + (self.full_seeds if full else self.arm(name).seeds or self.seeds))
 
 
 def read_study(path: Path, **settings: Any) -> Study:

@@ -3,7 +3,9 @@
 A gate makes steps cheaper at the beginning than at the end, so both are timed at the same shares of
 their trainings: at each, some steps of one and of the other in turns, on the same samples. An arm's
 whole training takes its operations times the mean of its seconds per operation; that is right
-because a clock of operations spends equally many in each part of the training.
+because a clock of operations spends equally many in each part of the training. What an arm's model
+takes to be made (analyses) is timed here too, on the same machine with the same threads: a training
+of a study shares the machine with others.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from graphopt.training import ExecutedFlops
 
-from .study import Study
+from .study import Samples, Study
 from .tasks import Task
 from .trial import Trainee, prepared
 
@@ -30,10 +32,12 @@ class Pace:
     Attributes:
         first: Seconds per operation of the first arm, by place in the training.
         second: Of the second arm.
+        outside: Seconds that the second arm's model took to be made, the first one of the process.
     """
 
     first: tuple[float, ...]
     second: tuple[float, ...]
+    outside: float
 
     @property
     def ratio(self) -> float:
@@ -43,9 +47,10 @@ class Pace:
 
 def pace(study: Study, task: Task, names: tuple[str, str], rate: float, precision: str) -> Pace:
     """Time two arms of a study."""
-    trainees = [
-        prepared(study, task, study.arm(name), 1e18, rate, 1, precision)[0] for name in names
-    ]
+    # Both take all samples: an arm that drops some could not be given those of the other.
+    arms = [study.arm(name).model_copy(update={"samples": Samples()}) for name in names]
+    made = [prepared(study, task, arm, 1e18, rate, 1, precision) for arm in arms]
+    trainees = [trainee for trainee, _, _ in made]
     found: list[list[float]] = [[], []]
     for place in range(_PLACES):
         for trainee in trainees:
@@ -53,7 +58,7 @@ def pace(study: Study, task: Task, names: tuple[str, str], rate: float, precisio
             trainee.clock.step(0)
         for item, seconds in zip(found, _timed(trainees), strict=True):
             item.append(seconds)
-    return Pace(tuple(found[0]), tuple(found[1]))
+    return Pace(tuple(found[0]), tuple(found[1]), made[1][2])
 
 
 def _timed(trainees: list[Trainee]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -106,17 +107,17 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_small_study_runs_resumes_and_says_what_is_saved(digits: Path, tmp_path: Path) -> None:
+def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_path: Path) -> None:
     study = tmp_path / "smoke.yaml"
     study.write_text(
         "workload: images\n"
         "model: {kind: cnn, widths: [4, 8]}\n"
-        "batch: 50\nepochs: 2\nrates: [0.01]\nshares: [0.5, 1.0]\nseeds: 2\nfull_seeds: 2\n"
-        "arms:\n  method: {share: 0.6, recipe: ramp-resolution, samples: {choice: learned}}\n"
+        "batch: 50\nepochs: 2\nrates: [0.01]\nshares: [0.5, 1.0]\nseeds: 1\nfull_seeds: 2\n"
+        "arms:\n  dense: {seeds: 2}\n"
+        "  method: {share: 0.6, recipe: ramp-resolution, samples: {choice: learned}}\n"
     )
     options = ["--data", str(digits), "--workers", "1", "--results", str(tmp_path)]
-    result = CliRunner().invoke(app, ["run", str(study), *options])
-    assert result.exit_code == 0, result.output
+    app_says(["run", str(study), *options])
     trials_file = tmp_path / "smoke_trials.csv"
     lines = trials_file.read_text().splitlines()
     # Three budgets, tuned with one rate, measured with two seeds.
@@ -125,7 +126,23 @@ def test_a_small_study_runs_resumes_and_says_what_is_saved(digits: Path, tmp_pat
     assert found["method"]["flops"] == pytest.approx(0.6 * found["dense"]["flops"], rel=0.1)
     assert (tmp_path / "smoke.png").stat().st_size
     trials_file.write_text("\n".join(lines[:-1]) + "\n")
-    again = CliRunner().invoke(app, ["run", str(study), *options])
-    assert again.exit_code == 0, again.output
+    app_says(["run", str(study), *options])
     assert trials_file.read_text().splitlines()[:-1] == lines[:-1]
     assert len(trials_file.read_text().splitlines()) == len(lines)
+    app_says(["times", str(study), "--data", str(digits), "--results", str(tmp_path)])
+    (row,) = csv.DictReader((tmp_path / "smoke_times.csv").read_text().splitlines())
+    app_says(["analyse", str(study), "--results", str(tmp_path)])
+    timed = json.loads((tmp_path / "smoke.json").read_text())["method"]
+    outside = next(t for t in csv.DictReader(lines) if t["arm"] == "method" and t["seed"] == "1")
+    steps = timed["flops"] - int(outside["outside_flops"])
+    seconds = steps * float(row["arm_seconds_per_tflop"]) / 1e12 + float(row["arm_outside_seconds"])
+    dense = timed["flops"] * float(row["dense_seconds_per_tflop"]) / 1e12
+    kept = (1 - timed["saved_flops"]["value"]) * seconds / dense
+    # The row's ratio has four digits.
+    assert timed["saved_time"]["float32"]["value"] == pytest.approx(1 - kept, abs=5e-4 * kept)
+
+
+def app_says(command: list[str]) -> str:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    return result.output
