@@ -7,6 +7,7 @@ finds these coupled groups by dataflow, from the operators in the graph alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -214,7 +215,9 @@ def _groups(program: Program, flow: Flow) -> Iterable[ChannelGroup]:
 
 def _is_uniform(member: Member) -> bool:
     """Say whether all units have equally many indices, so that any can take any place."""
-    return len({*map(len, member.units())}) == 1
+    sizes = Counter(member.owners)
+    sizes.pop(-1, None)
+    return len({*sizes.values()}) == 1 and len(sizes) == max(sizes) + 1
 
 
 class _Roles:

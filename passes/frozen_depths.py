@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .base import shared_names
-from .facts import facts_of
+from .facts import attribute_of, facts_of
 from .module_blocks import block_names
 from .program import Program
 from .tokens import Region, residual_stream
@@ -41,16 +40,16 @@ def frozen_depths(program: Program) -> tuple[FrozenDepth, ...]:
     """
     depths = [FrozenDepth(0, (), frozenset(), 0)]
     facts = facts_of(program)
-    names = {id(parameter): name for name, parameter in program.model.named_parameters()}
+    named = [*program.model.named_parameters()]
     for depth, end in enumerate(_ends(program), 1):
         before = _ancestors(end)
-        found = {
-            other
+        # By identity, as a tied parameter is read under other names too.
+        read = {
+            id(attribute_of(program, weight))
             for node in before
             for weight in facts.nodes[node].weights
-            for other in shared_names(program.model, weight)
         }
-        parameters = tuple(name for name in names.values() if name in found)
+        parameters = tuple(name for name, parameter in named if id(parameter) in read)
         flops = sum(facts.nodes[node].forward_flops for node in before)
         depths.append(FrozenDepth(depth, parameters, frozenset(before), flops))
     return tuple(depths)

@@ -18,7 +18,7 @@ from graphopt.training import ExecutedFlops
 
 from .study import Samples, Study
 from .tasks import Task
-from .trial import Trainee, prepared
+from .trial import Trainee, made, prepared
 
 _PLACES = 10
 _STEPS = 4
@@ -32,7 +32,7 @@ class Pace:
     Attributes:
         first: Seconds per operation of the first arm, by place in the training.
         second: Of the second arm.
-        outside: Seconds that the second arm's model took to be made, the first one of the process.
+        outside: Seconds that rewriting the second arm's model took, the first one of the process.
     """
 
     first: tuple[float, ...]
@@ -49,8 +49,9 @@ def pace(study: Study, task: Task, names: tuple[str, str], rate: float, precisio
     """Time two arms of a study."""
     # Both take all samples: an arm that drops some could not be given those of the other.
     arms = [study.arm(name).model_copy(update={"samples": Samples()}) for name in names]
-    made = [prepared(study, task, arm, 1e18, rate, 1, precision) for arm in arms]
-    trainees = [trainee for trainee, _, _ in made]
+    # First, as a user's process makes one model, and without the counter of operations.
+    _, outside = made(study, task, arms[1], 1)
+    trainees = [prepared(study, task, arm, 1e18, rate, 1, precision)[0] for arm in arms]
     found: list[list[float]] = [[], []]
     for place in range(_PLACES):
         for trainee in trainees:
@@ -58,7 +59,7 @@ def pace(study: Study, task: Task, names: tuple[str, str], rate: float, precisio
             trainee.clock.step(0)
         for item, seconds in zip(found, _timed(trainees), strict=True):
             item.append(seconds)
-    return Pace(tuple(found[0]), tuple(found[1]), made[1][2])
+    return Pace(tuple(found[0]), tuple(found[1]), outside)
 
 
 def _timed(trainees: list[Trainee]) -> list[float]:

@@ -88,19 +88,25 @@ class Trainee:
                 yield samples, self.task.batch(samples, self.seed * 1_000_003 + number)
 
 
+def made(study: Study, task: Task, arm: Arm, seed: int) -> tuple[nn.Module, float]:
+    """Return an arm's model, and the seconds that rewriting it took."""
+    torch.manual_seed(seed)
+    model = task.model(seed, {**study.model, **arm.model})
+    if arm.recipe is None:
+        return model, 0.0
+    example = task.batch(range(study.batch), seed)
+    example.pop("labels", None)
+    started = time.perf_counter()
+    model = graphopt.optimize(model.train(), example, recipe=arm.recipe, measure=False)
+    return model, time.perf_counter() - started
+
+
 def prepared(
     study: Study, task: Task, arm: Arm, planned_flops: float, rate: float, seed: int, precision: str
 ) -> tuple[Trainee, int, float]:
     """Return an arm's trainee, and the operations and seconds that making it took."""
-    torch.manual_seed(seed)
-    model = task.model(seed, {**study.model, **arm.model})
-    started = time.perf_counter()
     with ExecutedFlops() as executed:
-        if arm.recipe is not None:
-            example = task.batch(range(study.batch), seed)
-            example.pop("labels", None)
-            model = graphopt.optimize(model.train(), example, recipe=arm.recipe, measure=False)
-    seconds = time.perf_counter() - started
+        model, seconds = made(study, task, arm, seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=rate, betas=(0.9, 0.98), weight_decay=study.weight_decay
