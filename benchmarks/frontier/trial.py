@@ -109,7 +109,7 @@ def prepared(
         model, seconds = made(study, task, arm, seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=rate, betas=(0.9, 0.98), weight_decay=study.weight_decay
+        trained, lr=rate, betas=(0.9, 0.98), weight_decay=study.weight_decay, fused=True
     )
     clock = ComputeClock(model, planned_flops=planned_flops)
     clock.charge(executed.flops)

@@ -24,7 +24,7 @@ from graphopt.passes.facts import facts_of, total_cost
 from graphopt.passes.frozen_prefix import FrozenPrefix, frozen_prefix, mixes_samples
 from graphopt.passes.program import Program, compile_values, shape_of
 
-_TARGET = "(model)"
+_TARGET = "(prefix)"
 _MARK = "frozen prefix"
 
 

@@ -32,7 +32,7 @@ from graphopt.passes.frozen_depths import FrozenDepth, frozen_depths
 from graphopt.passes.program import Program
 from graphopt.passes.tokens import residual_stream
 
-_TARGET = "(model)"
+_TARGET = "(blocks)"
 
 
 class _Freeze(Details):
