@@ -84,16 +84,16 @@ class PassManager:
     def propose(self, program: Program) -> Plan:
         """Return what would change, changing nothing.
 
-        With "uniform", passes propose for the program as it is; candidates of later passes for a
-        module that an earlier one already claims are left out. With "solver", they are what a run
-        would choose. Details that need data are not decided, and no guard is checked.
+        Changes that need no data, those of exact passes and those for training only, are made on a
+        twin. With "uniform", later passes do not see the others, and their candidates for a module
+        that an earlier one already claims are left out. With "solver", they are what a run would
+        choose. Details that need data are not decided, and no guard is checked.
         """
         before = after = total_cost(program)
-        current = twin_of(program) if self.allocation == "solver" else program
-        if current is not program:
-            for step in self.passes:
-                step.note_unread(current)
-            self._set_units(current)
+        current = twin_of(program)
+        for step in self.passes:
+            step.note_unread(current)
+        self._set_units(current)
         source = self._source(program, before, self.guard)
         claimed: dict[str, str] = {}
         steps = self._runnable(program)
@@ -102,16 +102,16 @@ class PassManager:
             self._misses.extend(miss_record(miss) for miss in proposal.misses)
             for candidate in proposal.candidates:
                 owner = candidate.change.target
-                if self._is_full() or (
-                    not source.optional and claimed.setdefault(owner, step.name) != step.name
-                ):
+                taken = not source.optional and claimed.get(owner, step.name) != step.name
+                if self._is_full() or taken:
                     continue
                 self._changes.append(change_record(candidate, candidate.change, None))
                 after = _without(after, candidate)
-                if current is not program and step.exact:
+                if step.exact or step.trains_only(candidate.change):
                     make_change(step, current, candidate, context)
-            if current is not program:
-                refresh(current)
+                else:
+                    claimed[owner] = step.name
+            refresh(current)
         before, after = source.totals(before, after, None)
         return self._plan(program, before, after, source.notes(before, after))
 

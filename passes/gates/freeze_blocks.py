@@ -9,6 +9,7 @@ its operations. For models that were trained before.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -158,8 +159,12 @@ def _read_above(program: Program, frozen: FrozenDepth) -> str | None:
 
 
 def _set_trained(model: nn.Module, change: Change, trained: bool) -> None:
+    """Put parameters that share their values in the place of others, wherever these are."""
     known = dict(model.named_parameters())
     for name in read_details(_Freeze, change).parameters:
         if name not in known:
             raise PlanError(f"the model has no parameter {name!r}, which the plan describes")
-        known[name].requires_grad_(trained)
+        parameter = copy.copy(known[name]).requires_grad_(trained)
+        for other in shared_names(model, name):
+            parent, _, attribute = other.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, parameter)
