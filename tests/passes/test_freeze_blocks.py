@@ -35,7 +35,7 @@ class Tied(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in "ab")
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.words(ids) + self.again(ids.flip(1))
+        hidden: torch.Tensor = self.words(ids) + self.again(ids.flip(1))
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return hidden
