@@ -27,7 +27,10 @@ _EVALUATED = 500
 
 
 class ConvolutionalNet(nn.Module):
-    """A residual net with batch norms: one block per width, each but the first halves the image."""
+    """A residual net with batch norms: one block per width, each but the first halves the image.
+
+    Channels come last in memory, which makes it faster on CPUs in both precisions.
+    """
 
     def __init__(self, widths: Sequence[int] = (16, 32, 64)) -> None:
         super().__init__()
@@ -38,6 +41,7 @@ class ConvolutionalNet(nn.Module):
         )
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Linear(widths[-1], 10)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [image, class] of images [image, 1, height, width]."""
