@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from frontier.picture import draw
-from frontier.saving import Difference, Interval, difference, saving
+from frontier.saving import Difference, Interval, difference, saving, saving_over
 from frontier.study import DENSE, METHOD, Arm, Study, read_study
 from frontier.tasks import Task
 from frontier.times import pace
@@ -232,11 +232,14 @@ def _analysis(
 ) -> dict[str, Any]:
     """Return savings of every arm at equal loss, and the differences to the full budget.
 
+    Of the other arms it is also given what the method saves against them.
+
     Times are given for every precision that was timed: how many operations are saved is known from
     the trainings alone.
     """
     dense = {share: trials for share, trials in arms[DENSE].items() if trials}
     full = dense[max(study.shares)]
+    method = next((trials for trials in arms.get(METHOD, {}).values() if trials), [])
     found: dict[str, Any] = {
         "dense": {
             "flops": statistics.fmean(trial.flops for trial in full),
@@ -265,6 +268,9 @@ def _analysis(
                 "accuracy": statistics.fmean(trial.accuracy for trial in trials),
                 "saved_flops": _finite(saved),
                 "saved_time": times,
+                "method_saves": None
+                if name == METHOD or not method
+                else _finite(saving_over(method, trials, dense)),
                 "loss_difference": _finite(loss),
                 "accuracy_lost": _finite(worse),
                 "not_inferior": loss.upper <= study.tolerance

@@ -22,6 +22,9 @@ _CONFIDENCE = 0.95
 Frontier = Sequence[tuple[float, float]]
 """Budgets with their mean losses, both monotone."""
 
+_Seeds = Callable[[Sequence[Trial]], Sequence[Trial]]
+"""Draws from the trainings of an arm."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -85,21 +88,49 @@ def saving(method: Sequence[Trial], dense: Mapping[float, Sequence[Trial]]) -> I
     budget, one that loses less than all of it with the full budget.
     """
 
-    def value(seeds: Callable[[Sequence[Trial]], Sequence[Trial]]) -> float:
-        points = frontier(
-            {
-                statistics.fmean(trial.flops for trial in trials): [t.loss for t in seeds(trials)]
-                for trials in dense.values()
-            }
-        )
-        own = seeds(method)
-        loss = statistics.fmean(trial.loss for trial in own)
-        if loss > points[0][1]:
+    def value(seeds: _Seeds) -> float:
+        points = _frontier_of(dense, seeds)
+        if _loss(method, seeds) > points[0][1]:
             return -math.inf
-        return 1 - statistics.fmean(trial.flops for trial in own) / compute_at(loss, points)
+        return 1 - _spent(method, points, seeds)
 
-    arms = (method, *dense.values())
-    return _bootstrap(value, sorted({trial.seed for trials in arms for trial in trials}))
+    return _bootstrap(value, (method, *dense.values()))
+
+
+def saving_over(
+    method: Sequence[Trial], control: Sequence[Trial], dense: Mapping[float, Sequence[Trial]]
+) -> Interval:
+    """Return which share of the operations a method saves against another way to save.
+
+    1 - (C_method / C_dense(loss of the method)) / (C_control / C_dense(loss of the control))
+
+    What is beyond the frontier's ends counts as its end, as in `saving`: a control that loses more
+    than all of it is taken for better than it is, and a method or a control that loses less than
+    all of it for worse.
+    """
+
+    def value(seeds: _Seeds) -> float:
+        points = _frontier_of(dense, seeds)
+        return 1 - _spent(method, points, seeds) / _spent(control, points, seeds)
+
+    return _bootstrap(value, (method, control, *dense.values()))
+
+
+def _frontier_of(dense: Mapping[float, Sequence[Trial]], seeds: _Seeds) -> Frontier:
+    return frontier({_flops(trials): [t.loss for t in seeds(trials)] for trials in dense.values()})
+
+
+def _spent(trials: Sequence[Trial], points: Frontier, seeds: _Seeds) -> float:
+    """Return the operations of an arm over those of the dense model at the arm's loss."""
+    return _flops(seeds(trials)) / compute_at(_loss(trials, seeds), points)
+
+
+def _flops(trials: Sequence[Trial]) -> float:
+    return statistics.fmean(trial.flops for trial in trials)
+
+
+def _loss(trials: Sequence[Trial], seeds: _Seeds) -> float:
+    return statistics.fmean(trial.loss for trial in seeds(trials))
 
 
 def difference(
@@ -117,15 +148,14 @@ def difference(
     return Difference(mean, mean + float(student.ppf(_CONFIDENCE, len(pairs) - 1)) * error)
 
 
-def _bootstrap(
-    value: Callable[[Callable[[Sequence[Trial]], Sequence[Trial]]], float], seeds: Sequence[int]
-) -> Interval:
+def _bootstrap(value: Callable[[_Seeds], float], arms: Sequence[Sequence[Trial]]) -> Interval:
     """Return a value of all seeds, and its interval over draws of seeds.
 
     One draw of seeds goes for all arms, so that what a seed does to both cancels. An arm takes as
     many of them as it has itself, as fewer seeds know less, and for those that it lacks others of
     its own.
     """
+    seeds = sorted({trial.seed for trials in arms for trial in trials})
     draws = random.Random(0)
     found = []
     for _ in range(_DRAWS):

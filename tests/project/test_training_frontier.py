@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from frontier.saving import compute_at, difference, frontier, saving
+from frontier.saving import compute_at, difference, frontier, saving, saving_over
 from frontier.trial import Trial
 from training_frontier import app
 from typer.testing import CliRunner
@@ -81,6 +81,17 @@ def test_a_budget_of_fewer_seeds_is_drawn_as_often_as_it_has_seeds() -> None:
 def test_a_method_that_loses_more_than_every_budget_saves_nothing() -> None:
     dense = {0.5: trials(50, [2.0] * 2), 1.0: trials(100, [1.0] * 2)}
     assert saving(trials(10, [3.0] * 2, "method"), dense).value == -math.inf
+
+
+def test_a_control_counts_as_what_the_dense_model_spends_at_its_loss() -> None:
+    dense = {0.5: trials(50, [2.0] * 3), 1.0: trials(100, [1.0] * 3)}
+    method, control = trials(30, [1.0] * 3, "method"), trials(40, [2.0] * 3, "control")
+    # 30 instead of 100 operations, where the control takes 40 instead of 50.
+    found = saving_over(method, control, dense)
+    assert found.value == pytest.approx(1 - 0.3 / 0.8)
+    # Beyond the frontier: at least as bad as its smallest budget.
+    assert saving_over(method, trials(40, [5.0] * 3), dense).value == pytest.approx(found.value)
+    assert saving_over(method, method, dense) == saving_over(dense[0.5], dense[0.5], dense)
 
 
 def test_a_difference_is_taken_seed_by_seed() -> None:
