@@ -1,15 +1,15 @@
-"""Compute saved at equal loss: one study, run, analysed and drawn.
+"""Compute saved at equal loss: one study, run, timed, analysed and drawn.
 
     python benchmarks/training_frontier.py run benchmarks/frontier/studies/mnist_vit.yaml --data DIR
     python benchmarks/training_frontier.py times ... --data DIR
-    python benchmarks/training_frontier.py pretrain ... CHECKPOINT
     python benchmarks/training_frontier.py analyse ...
 
-`run` tunes the learning rate of every arm and budget on the tuning split (seeds up to 0), then
-trains all of them with every seed and measures them on the test split; started again, it goes on.
-`times` measures seconds per operation of the dense model and the method in turns, and what the
-method's analysis takes, alone on the machine.
-`pretrain` makes the checkpoint that studies of continued pretraining start from (`--checkpoint`).
+`run` does everything; started again, it goes on. It tunes the learning rate of every arm and budget
+on the tuning split (seeds up to 0), then trains all of them with every seed and measures them on
+the test split, then times the method, and analyses what came out. A language study with
+`--checkpoint` starts from what is there, and trains it first where nothing is.
+`times` measures seconds per operation of the dense model and an arm in turns, and what the arm's
+analysis takes, alone on the machine.
 `analyse` computes what is saved, with intervals, and draws the frontier.
 
 Results go to benchmarks/results/frontier/: STUDY_trials.csv, STUDY_times.csv, STUDY.json and
@@ -26,7 +26,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -35,19 +35,20 @@ from frontier.saving import Difference, Interval, difference, saving, saving_ove
 from frontier.study import DENSE, METHOD, Arm, Study, read_study
 from frontier.tasks import Task
 from frontier.times import pace
-from frontier.trial import Trial, full_flops, prepared, train
+from frontier.trial import Precision, Trial, full_flops, prepared, train
 from frontier.trials import Trials
 
 from graphopt.environment import environment, write_csv
+from graphopt.files import new_directory
 from graphopt.training import Ledger
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
 _RESULTS = Path(__file__).parent / "results" / "frontier"
 _StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study.")]
-_Data = Annotated[Path, typer.Option(help="Where the workload's data lies.")]
+_Data = Annotated[Path | None, typer.Option(help="Where the workload's data lies.")]
 _Checkpoint = Annotated[Path | None, typer.Option(help="Directory of the workload's checkpoint.")]
-_Precision = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")]
+_Precision = Annotated[Precision, typer.Option(help="float32, or bfloat16 for autocast.")]
 _Results = Annotated[Path, typer.Option(help="Directory of the results.")]
 
 
@@ -82,32 +83,41 @@ class Timing:
     outside: float
 
 
-def load_task(data: Path, checkpoint: Path | None, study: Study) -> Task:
-    """Return the workload of a study."""
+def load_task(data: Path | None, checkpoint: Path | None, study: Study) -> Task:
+    """Return the workload of a study.
+
+    Raises:
+        SystemExit: if it lacks data.
+    """
+    if study.workload == "language":
+        from frontier.language import Language
+
+        return Language(data, checkpoint, **study.options)
+    if data is None:
+        raise SystemExit(f"the workload {study.workload!r} needs --data; its module says which")
     if study.workload == "images":
         from frontier.images import Images
 
         return Images(data)
-    if study.workload == "topics":
-        from frontier.topics import Topics
+    from frontier.topics import Topics
 
-        return Topics(data, checkpoint, **study.options)
-    from frontier.language import Language
-
-    return Language(checkpoint, **study.options)
+    return Topics(data, checkpoint, **study.options)
 
 
 @app.command()
 def run(
     path: _StudyPath,
-    data: _Data = Path(),
+    data: _Data = None,
     checkpoint: _Checkpoint = None,
     precision: _Precision = "float32",
     workers: Annotated[int, typer.Option(help="Trainings at a time.")] = os.cpu_count() or 1,
     results: _Results = _RESULTS,
 ) -> None:
-    """Train everything that is not there yet, then analyse."""
+    """Train and time everything that is not there yet, then analyse."""
     study = read_study(path)
+    if study.workload == "language" and checkpoint is not None and not checkpoint.exists():
+        typer.echo(f"{checkpoint} is not there, so it is trained first")
+        typer.echo(_pretrain(study, data, checkpoint))
     source = partial(load_task, data, checkpoint)
     typer.echo(f"{source(study).samples} training samples")  # says here what data is missing
     results.mkdir(parents=True, exist_ok=True)
@@ -116,17 +126,15 @@ def run(
         typer.echo(f"tuning, {line}")
     for line in trials.measure(precision):
         typer.echo(line)
+    timings = _timings(results / f"{path.stem}_times.csv")
+    for kind in get_args(Precision):
+        if METHOD in study.arms and METHOD not in timings.get(kind, {}):
+            times(path, data, checkpoint, kind, METHOD, results)
     analyse(path, precision, results)
 
 
-@app.command()
-def pretrain(
-    path: _StudyPath,
-    directory: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
-    data: _Data = Path(),
-) -> None:
+def _pretrain(study: Study, data: Path | None, checkpoint: Path) -> str:
     """Train a language study's dense model on the other half of its corpus, to be adapted."""
-    study = read_study(path)
     other = study.model_copy(update={"options": {**study.options, "half": 0}})
     task = load_task(data, None, other)
     flops = full_flops(other, task)
@@ -136,14 +144,15 @@ def pretrain(
     with torch.no_grad():
         quality = task.evaluate(trainee.model.eval(), "test")
     model: Any = trainee.model
-    model.save_pretrained(directory)
-    typer.echo(f"{ledger.total_flops:.3e} operations, {quality}")
+    with new_directory(checkpoint) as directory:
+        model.save_pretrained(directory)
+    return f"{ledger.total_flops:.3e} operations, {quality}"
 
 
 @app.command()
 def times(
     path: _StudyPath,
-    data: _Data = Path(),
+    data: _Data = None,
     checkpoint: _Checkpoint = None,
     precision: _Precision = "float32",
     arm: Annotated[str, typer.Option(help="What to time.")] = METHOD,

@@ -1,8 +1,8 @@
-"""Language models on code: the .py files of this Python's standard library and packages, as bytes.
+"""Language models on code: .py files as bytes, those of this Python's library and packages.
 
 Files go to one of two halves by the name of their package; a hundredth of each half tunes, another
-one tests. From scratch a model is trained on the second half; with `pretrain` it is first trained
-on the first half, once, and the checkpoint is kept in the study's directory.
+one tests. A model is trained on the second half, from scratch or from a checkpoint that was trained
+on the first half.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Language:
     with them the embeddings, of which one is the head too.
 
     Args:
+        data: Folder of the .py files, None for this Python's own.
         checkpoint: Directory of a checkpoint to adapt, None to start from random weights.
         length: Bytes of a sample.
         half: Half of the corpus that is trained on, 0 or 1.
@@ -42,12 +43,14 @@ class Language:
 
     def __init__(
         self,
+        data: Path | None,
         checkpoint: Path | None,
         *,
         length: int = 128,
         half: int = 1,
         largest_bytes: int = 30_000_000,
     ) -> None:
+        self._data = data
         self._checkpoint = checkpoint
         self._length = length
         self._half = half
@@ -110,7 +113,7 @@ class Language:
         """Return the bytes of every part."""
         parts: dict[str, list[bytes]] = {"training": [], "tuning": [], "test": []}
         size = 0
-        for path, half, number in _files():
+        for path, half, number in _files(self._data):
             if half != self._half or size >= self._largest_bytes:
                 continue
             content = path.read_bytes()
@@ -119,7 +122,7 @@ class Language:
         if size < min(_LEAST_BYTES, self._largest_bytes) // 2:
             raise SystemExit(
                 f"expected at least {_LEAST_BYTES // 2:,} bytes of Python files in half "
-                f"{self._half}, got {size:,}; install more packages"
+                f"{self._half}, got {size:,}; install more packages or pass --data"
             )
         return {
             name: torch.frombuffer(bytearray(b"\n".join(files)), dtype=torch.uint8)
@@ -133,11 +136,11 @@ def _freeze(model: Any, blocks: int) -> None:
         part.requires_grad_(False)
 
 
-def _files() -> list[tuple[Path, int, int]]:
+def _files(data: Path | None) -> list[tuple[Path, int, int]]:
     """Return files with their half and a number below 100, in an order drawn by their names."""
-    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    own = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
     found = []
-    for root in roots:
+    for root in own if data is None else {data}:
         for path in root.rglob("*.py"):
             inside = path.relative_to(root)
             if root == Path(sysconfig.get_path("stdlib")) and "site-packages" in inside.parts:

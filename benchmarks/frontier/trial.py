@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from graphopt.training import ComputeClock, ExecutedFlops, Ledger, SampleGate
 
 from .study import Arm, Samples, Study
 from .tasks import Batch, Split, Task
+
+Precision = Literal["float32", "bfloat16"]
+"""What arms are trained in; the second is autocast."""
 
 _LARGEST_GRADIENT = 1.0
 

@@ -136,21 +136,47 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_pat
     found = json.loads((tmp_path / "smoke.json").read_text())
     assert found["method"]["flops"] == pytest.approx(0.6 * found["dense"]["flops"], rel=0.1)
     assert (tmp_path / "smoke.png").stat().st_size
+    times_file = tmp_path / "smoke_times.csv"
+    row, other = csv.DictReader(times_file.read_text().splitlines())
+    assert (row["precision"], other["precision"]) == ("float32", "bfloat16")
+    outside = next(t for t in csv.DictReader(lines) if t["arm"] == "method" and t["seed"] == "1")
+    steps = found["method"]["flops"] - int(outside["outside_flops"])
+    seconds = steps * float(row["arm_seconds_per_tflop"]) / 1e12 + float(row["arm_outside_seconds"])
+    dense = found["method"]["flops"] * float(row["dense_seconds_per_tflop"]) / 1e12
+    kept = (1 - found["method"]["saved_flops"]["value"]) * seconds / dense
+    # The row's ratio has four digits.
+    assert found["method"]["saved_time"]["float32"]["value"] == pytest.approx(
+        1 - kept, abs=5e-4 * kept
+    )
     trials_file.write_text("\n".join(lines[:-1]) + "\n")
+    timed = times_file.read_text()
     app_says(["run", str(study), *options])
     assert trials_file.read_text().splitlines()[:-1] == lines[:-1]
     assert len(trials_file.read_text().splitlines()) == len(lines)
-    app_says(["times", str(study), "--data", str(digits), "--results", str(tmp_path)])
-    (row,) = csv.DictReader((tmp_path / "smoke_times.csv").read_text().splitlines())
-    app_says(["analyse", str(study), "--results", str(tmp_path)])
-    timed = json.loads((tmp_path / "smoke.json").read_text())["method"]
-    outside = next(t for t in csv.DictReader(lines) if t["arm"] == "method" and t["seed"] == "1")
-    steps = timed["flops"] - int(outside["outside_flops"])
-    seconds = steps * float(row["arm_seconds_per_tflop"]) / 1e12 + float(row["arm_outside_seconds"])
-    dense = timed["flops"] * float(row["dense_seconds_per_tflop"]) / 1e12
-    kept = (1 - timed["saved_flops"]["value"]) * seconds / dense
-    # The row's ratio has four digits.
-    assert timed["saved_time"]["float32"]["value"] == pytest.approx(1 - kept, abs=5e-4 * kept)
+    assert times_file.read_text() == timed
+
+
+def test_a_checkpoint_that_is_not_there_is_trained_first(tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    for number in range(800):
+        package = code / f"package{number % 40}"
+        package.mkdir(parents=True, exist_ok=True)
+        text = f"def part{number}() -> int:\n    return {number}\n"
+        (package / f"part{number}.py").write_text(4 * text)
+    study = tmp_path / "smoke.yaml"
+    study.write_text(
+        "workload: language\n"
+        "model: {n_layer: 1, n_embd: 16, n_head: 1}\n"
+        "options: {length: 32, largest_bytes: 60000}\n"
+        "batch: 8\nepochs: 0.1\nrates: [0.01]\nshares: [1.0]\nseeds: 1\nfull_seeds: 1\n"
+        "arms: {}\n"
+    )
+    checkpoint = tmp_path / "checkpoint"
+    options = ["--data", str(code), "--workers", "1", "--results", str(tmp_path)]
+    command = ["run", str(study), "--checkpoint", str(checkpoint), *options]
+    assert "trained first" in app_says(command)
+    assert (checkpoint / "model.safetensors").stat().st_size
+    assert "trained first" not in app_says(command)
 
 
 def app_says(command: list[str]) -> str:
