@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import statistics
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,9 +156,18 @@ _worker: _Worker | None = None
 def _start(study: Study, source: Any, threads: int) -> None:
     """Read the workload once per process."""
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     task = source(study)
     _worker = _Worker(study, task, full_flops(study, task))
+
+
+def _end_with_parent() -> None:
+    """End this process when the parent ends, even if that was killed: a training takes minutes."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(key: Key) -> Trial:
