@@ -26,7 +26,10 @@ _EVALUATED = 50
 
 
 class Topics:
-    """The workload; arguments of the model are those of its configuration, and `adapters`: a rank.
+    """The workload; arguments of the model are those of its configuration, and of two controls.
+
+    `adapters` is the rank of LoRA; `frozen` is how many blocks, drawn by the seed, are not trained,
+    and the embeddings with them.
 
     Args:
         data: The file.
@@ -66,11 +69,18 @@ class Topics:
 
         torch.manual_seed(seed)
         make: Callable[..., nn.Module] = AutoModelForSequenceClassification.from_pretrained
-        rest = {name: value for name, value in arguments.items() if name != "adapters"}
-        model = make(self._checkpoint, num_labels=4, **rest)
+        controls = ("adapters", "frozen")
+        rest = {name: value for name, value in arguments.items() if name not in controls}
+        model: Any = make(self._checkpoint, num_labels=4, **rest)
+        if "frozen" in arguments:
+            layers = model.bert.encoder.layer
+            drawn = random.Random(seed).sample(range(len(layers)), arguments["frozen"])
+            for part in (model.bert.embeddings, *(layers[number] for number in drawn)):
+                part.requires_grad_(False)
         if "adapters" in arguments:
             adapt(model, arguments["adapters"], ("query", "value"), ("classifier", "bert.pooler"))
-        return model
+        made: nn.Module = model
+        return made
 
     def grouped(self, order: Sequence[int], size: int, seed: int) -> list[list[int]]:
         """Return batches of texts, of like length or as they come."""
