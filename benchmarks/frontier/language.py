@@ -119,10 +119,13 @@ class Language:
             content = path.read_bytes()
             size += len(content)
             parts[{0: "tuning", 1: "test"}.get(number, "training")].append(content)
-        if size < min(_LEAST_BYTES, self._largest_bytes) // 2:
+        least = min(_LEAST_BYTES, self._largest_bytes) // 2
+        if size < least or not all(parts.values()):
+            empty = [name for name, files in parts.items() if not files]
             raise SystemExit(
-                f"expected at least {_LEAST_BYTES // 2:,} bytes of Python files in half "
-                f"{self._half}, got {size:,}; install more packages or pass --data"
+                f"expected at least {least:,} bytes of Python files in half {self._half}, some for "
+                f"each of training, tuning and test; got {size:,}, none for {empty or 'no part'}; "
+                "install more packages, or pass a folder of more of them as --data"
             )
         return {
             name: torch.frombuffer(bytearray(b"\n".join(files)), dtype=torch.uint8)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from frontier.language import Language
 from frontier.saving import compute_at, difference, frontier, saving, saving_over
 from frontier.trial import Trial
 from training_frontier import app
@@ -177,6 +178,15 @@ def test_a_checkpoint_that_is_not_there_is_trained_first(tmp_path: Path) -> None
     assert "trained first" in app_says(command)
     assert (checkpoint / "model.safetensors").stat().st_size
     assert "trained first" not in app_says(command)
+
+
+def test_a_corpus_without_a_test_part_is_refused(tmp_path: Path) -> None:
+    # Of files in no package, half 0 has no part with an odd number.
+    for number in range(400):
+        (tmp_path / f"part{number}.py").write_text("x = 1\n" * 20)
+    task = Language(tmp_path, None, half=0, largest_bytes=20_000)
+    with pytest.raises(SystemExit, match=r"none for \['test'\].*--data"):
+        assert task.samples
 
 
 def app_says(command: list[str]) -> str:
