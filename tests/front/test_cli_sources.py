@@ -32,6 +32,11 @@ def run(*arguments: object) -> int:
     return CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code
 
 
+def optimize(*arguments: object) -> int:
+    """Rewrite to 60 % of the FLOPs, whether or not this machine runs it faster just now."""
+    return run("optimize", *arguments, "--budget", "60%", "--no-measure")
+
+
 def check(directory: Path, base: str | None = None) -> None:
     plan = json.loads((directory / "plan.json").read_text())
     assert plan["totals"]["after"]["flops"] <= 0.6 * plan["totals"]["before"]["flops"]
@@ -44,7 +49,7 @@ def test_an_exported_program_needs_no_code(tmp_path: Path) -> None:
     exported = torch.export.export(build(), (torch.randn(4, 16),), dynamic_shapes=({0: batch},))
     torch.export.save(exported, tmp_path / "model.pt2")
     out = tmp_path / "out"
-    assert run("optimize", tmp_path / "model.pt2", "-o", out, "--budget", "60%", "--json") == 0
+    assert optimize(tmp_path / "model.pt2", "-o", out, "--json") == 0
     check(out)
     assert run("export", out, tmp_path / "model.onnx") == 0
     assert (tmp_path / "model.onnx").exists()
@@ -64,7 +69,7 @@ def test_weights_and_a_factory(
         save_file(state, source)
     out = tmp_path / "out"
     factory = "factory_of_this_test:build"
-    assert run("optimize", source, "--factory", factory, "-o", out, "--budget", "60%") == 0
+    assert optimize(source, "--factory", factory, "-o", out) == 0
     check(out, base=factory)
     assert run("densify", out, "--factory", factory, "-o", tmp_path / "dense") == 0
     assert run("optimize", source, "--factory", "no.such:build", "-o", tmp_path / "b") == 1
