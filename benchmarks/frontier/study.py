@@ -40,6 +40,7 @@ class Arm(_Strict):
         recipe: Name of a recipe, or passes by comma; None to train the model as it is.
         model: Arguments of the workload's model that differ from the study's.
         samples: Which samples are trained on.
+        even_batches: Whether batches hold more images while these are small.
         rates: Peak learning rates to tune over, None for the study's.
         seeds: Seeds of each of its budgets, None for the study's.
     """
@@ -48,6 +49,7 @@ class Arm(_Strict):
     recipe: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
     samples: Samples = Samples()
+    even_batches: bool = False
     rates: tuple[float, ...] | None = None
     seeds: int | None = Field(default=None, gt=0)
 

@@ -1,7 +1,7 @@
 """Seconds per operation of two arms, measured in turns all along their trainings.
 
 A gate makes steps cheaper at the beginning than at the end, so both are timed at the same shares of
-their trainings: at each, some steps of one and of the other in turns, on the same samples. An arm's
+their trainings: at each, some steps of one and of the other in turns, each on batches of its own. An arm's
 whole training takes its operations times the mean of its seconds per operation; that is right
 because a clock of operations spends equally many in each part of the training. What an arm's model
 takes to be made (analyses) is timed here too, on the same machine with the same threads: a training
@@ -21,7 +21,7 @@ from .tasks import Task
 from .trial import Trainee, made, prepared
 
 _PLACES = 10
-_STEPS = 4
+_STEPS = 12
 _WARM_UP = 1
 
 
@@ -64,14 +64,12 @@ def pace(study: Study, task: Task, names: tuple[str, str], rate: float, precisio
 
 def _timed(trainees: list[Trainee]) -> list[float]:
     """Return the seconds per operation of each trainee, of steps in turns."""
-    batches = trainees[0].batches()
-    for trainee in trainees[1:]:
-        next(iter(trainee.gate))
+    batches = [trainee.batches() for trainee in trainees]
     found: list[list[float]] = [[] for _ in trainees]
     for number in range(_WARM_UP + _STEPS):
-        samples, batch = next(batches)
         order = range(len(trainees)) if number % 2 else reversed(range(len(trainees)))
         for index in order:
+            samples, batch = next(batches[index])
             started = time.perf_counter()
             trainees[index].step(samples, batch)
             seconds = time.perf_counter() - started

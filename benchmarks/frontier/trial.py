@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.training import ComputeClock, ExecutedFlops, Ledger, SampleGate
+from graphopt.training import ComputeClock, EvenBatches, ExecutedFlops, Ledger, SampleGate
 
 from .study import Arm, Samples, Study
 from .tasks import Batch, Split, Task
@@ -67,6 +67,7 @@ class Trainee:
     seed: int
     precision: str
     weighted: bool
+    even: EvenBatches | None
 
     def step(self, samples: Sequence[int], batch: Batch) -> Tensor:
         """Make one optimizer step; clock and scheduler are left to the caller."""
@@ -75,7 +76,8 @@ class Trainee:
         ids = list(samples)
         self.gate.update(ids, losses)
         weights = self.gate.weights(ids) if self.weighted else torch.ones(len(ids))
-        loss = (losses.float() * weights).sum() / self.study.batch
+        full = self.study.batch if self.even is None else self.even.samples
+        loss = (losses.float() * weights).sum() / full
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), _LARGEST_GRADIENT)
@@ -86,10 +88,12 @@ class Trainee:
         """Yield batches, epoch after epoch, without end."""
         number = 0
         while True:
-            order = list(self.gate)
-            for samples in self.task.grouped(order, self.study.batch, self.seed + number):
+            for samples in self.even or self._grouped(number):
                 number += 1
                 yield samples, self.task.batch(samples, self.seed * 1_000_003 + number)
+
+    def _grouped(self, number: int) -> list[list[int]]:
+        return self.task.grouped(list(self.gate), self.study.batch, self.seed + number)
 
 
 def made(study: Study, task: Task, arm: Arm, seed: int) -> tuple[nn.Module, float]:
@@ -129,6 +133,7 @@ def prepared(
         seed=seed,
         precision=precision,
         weighted=arm.samples.choice == "learned",
+        even=_even_batches(gate, study, task, model) if arm.even_batches else None,
     )
     return trainee, executed.flops, seconds
 
@@ -210,6 +215,11 @@ class _UniformGate(SampleGate):
         )
         self.scores = self.scores[order]
         return super().__iter__()
+
+
+def _even_batches(gate: SampleGate, study: Study, task: Task, model: nn.Module) -> EvenBatches:
+    height, width = task.batch([0], 0)["images"].shape[-2:]
+    return EvenBatches(gate, study.batch, model, size=(height, width))
 
 
 def _sample_gate(samples: Samples, count: int, clock: ComputeClock, seed: int) -> SampleGate:

@@ -1,7 +1,7 @@
 """What a training loop needs to spend compute where it matters, and to know what it spent.
 
 Schedules follow a clock of operations, a ledger counts them, samples that are learned come less
-often, sparse blocks move; all of it resumes exactly, on one machine and on many. `recover` trains
+often, batches of small images hold more of them, sparse blocks move; all of it resumes exactly, on one machine and on many. `recover` trains
 what was compressed after the model it came from.
 """
 
@@ -10,6 +10,7 @@ from graphopt.training.clock import ComputeClock
 from graphopt.training.dense_finish import densify_in_place
 from graphopt.training.density_schedule import DensitySchedule
 from graphopt.training.distill import Teacher, distill
+from graphopt.training.even_batches import EvenBatches
 from graphopt.training.executed_flops import ExecutedFlops
 from graphopt.training.frozen_depth import DepthProbe, choose_frozen_depth
 from graphopt.training.ledger import Entry, Ledger
@@ -32,6 +33,7 @@ __all__ = [
     "DensitySchedule",
     "DepthProbe",
     "Entry",
+    "EvenBatches",
     "ExecutedFlops",
     "Judgement",
     "Ledger",
