@@ -40,6 +40,7 @@ class Arm(_Strict):
         recipe: Name of a recipe, or passes by comma; None to train the model as it is.
         model: Arguments of the workload's model that differ from the study's.
         samples: Which samples are trained on.
+        batch: Samples of a step, None for the study's.
         even_batches: Whether batches hold more images while these are small.
         rates: Peak learning rates to tune over, None for the study's.
         seeds: Seeds of each of its budgets, None for the study's.
@@ -49,6 +50,7 @@ class Arm(_Strict):
     recipe: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
     samples: Samples = Samples()
+    batch: int | None = Field(default=None, gt=0)
     even_batches: bool = False
     rates: tuple[float, ...] | None = None
     seeds: int | None = Field(default=None, gt=0)

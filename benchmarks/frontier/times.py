@@ -1,11 +1,11 @@
 """Seconds per operation of two arms, measured in turns all along their trainings.
 
 A gate makes steps cheaper at the beginning than at the end, so both are timed at the same shares of
-their trainings: at each, some steps of one and of the other in turns, each on batches of its own. An arm's
-whole training takes its operations times the mean of its seconds per operation; that is right
-because a clock of operations spends equally many in each part of the training. What an arm's model
-takes to be made (analyses) is timed here too, on the same machine with the same threads: a training
-of a study shares the machine with others.
+their trainings: at each, some steps of one and of the other in turns, each on batches of its own.
+An arm's whole training takes its operations times the mean of its seconds per operation; that is
+right because a clock of operations spends equally many in each part of the training. What an arm's
+model takes to be made (analyses) is timed here too, on the same machine with the same threads: a
+training of a study shares the machine with others.
 """
 
 from __future__ import annotations

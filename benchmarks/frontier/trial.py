@@ -63,7 +63,7 @@ class Trainee:
     clock: ComputeClock
     gate: SampleGate
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    study: Study
+    batch: int
     seed: int
     precision: str
     weighted: bool
@@ -76,7 +76,7 @@ class Trainee:
         ids = list(samples)
         self.gate.update(ids, losses)
         weights = self.gate.weights(ids) if self.weighted else torch.ones(len(ids))
-        full = self.study.batch if self.even is None else self.even.samples
+        full = self.batch if self.even is None else self.even.samples
         loss = (losses.float() * weights).sum() / full
         self.optimizer.zero_grad()
         loss.backward()
@@ -93,7 +93,7 @@ class Trainee:
                 yield samples, self.task.batch(samples, self.seed * 1_000_003 + number)
 
     def _grouped(self, number: int) -> list[list[int]]:
-        return self.task.grouped(list(self.gate), self.study.batch, self.seed + number)
+        return self.task.grouped(list(self.gate), self.batch, self.seed + number)
 
 
 def made(study: Study, task: Task, arm: Arm, seed: int) -> tuple[nn.Module, float]:
@@ -122,6 +122,7 @@ def prepared(
     clock = ComputeClock(model, planned_flops=planned_flops)
     clock.charge(executed.flops)
     gate = _sample_gate(arm.samples, task.samples, clock, seed)
+    batch = arm.batch or study.batch
     trainee = Trainee(
         task=task,
         model=model.train(),
@@ -129,11 +130,11 @@ def prepared(
         clock=clock,
         gate=gate,
         scheduler=clock.learning_rate(optimizer, warmup=study.warmup),
-        study=study,
+        batch=batch,
         seed=seed,
         precision=precision,
         weighted=arm.samples.choice == "learned",
-        even=_even_batches(gate, study, task, model) if arm.even_batches else None,
+        even=_even_batches(gate, batch, task, model) if arm.even_batches else None,
     )
     return trainee, executed.flops, seconds
 
@@ -217,9 +218,9 @@ class _UniformGate(SampleGate):
         return super().__iter__()
 
 
-def _even_batches(gate: SampleGate, study: Study, task: Task, model: nn.Module) -> EvenBatches:
+def _even_batches(gate: SampleGate, batch: int, task: Task, model: nn.Module) -> EvenBatches:
     height, width = task.batch([0], 0)["images"].shape[-2:]
-    return EvenBatches(gate, study.batch, model, size=(height, width))
+    return EvenBatches(gate, batch, model, size=(height, width))
 
 
 def _sample_gate(samples: Samples, count: int, clock: ComputeClock, seed: int) -> SampleGate:

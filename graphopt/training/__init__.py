@@ -1,8 +1,8 @@
 """What a training loop needs to spend compute where it matters, and to know what it spent.
 
 Schedules follow a clock of operations, a ledger counts them, samples that are learned come less
-often, batches of small images hold more of them, sparse blocks move; all of it resumes exactly, on one machine and on many. `recover` trains
-what was compressed after the model it came from.
+often, batches of small images hold more of them, sparse blocks move; all of it resumes exactly, on
+one machine and on many. `recover` trains what was compressed after the model it came from.
 """
 
 from graphopt.training.block_topology import BlockTopology

@@ -19,11 +19,11 @@ class EvenBatches(Sampler[list[int]]):
         batches = EvenBatches(RandomSampler(data), 64, model, size=(28, 28))
         loader = DataLoader(data, batch_sampler=batches)
 
-    A step has parts that do not shrink with its images: the optimizer, the launch of every operator,
-    the reading of weights. With images of half the height and width of `ramp-resolution` they are
-    most of a step, and a third of the operations takes more than half of the time. A batch that
-    holds as many pixels as one of full images takes about as long, and as much memory. Average the
-    loss over the batch. Steps are fewer than with batches of a fixed size, which is what it costs.
+    A step has parts that do not shrink with its images: the optimizer, the launch of every
+    operator, the reading of weights. With images of half the height and width of `ramp-resolution`
+    they are most of a step, and a third of the operations takes more than half of the time. A batch
+    that holds as many pixels as one of full images takes about as long, and as much memory. Average
+    the loss over the batch. The price: fewer optimizer steps than with batches of one size.
 
     A batch is sized when its first sample is drawn: workers of a loader run a few batches ahead of
     the model, and so of its gates. How many batches an epoch has depends on the progress that it
