@@ -127,13 +127,16 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_pat
         "batch: 50\nepochs: 2\nrates: [0.01]\nshares: [0.5, 1.0]\nseeds: 1\nfull_seeds: 2\n"
         "arms:\n  dense: {seeds: 2}\n"
         "  method: {share: 0.6, recipe: ramp-resolution, samples: {choice: learned}}\n"
+        "  even: {share: 0.6, recipe: ramp-resolution, batch: 100, even_batches: true}\n"
     )
     options = ["--data", str(digits), "--workers", "1", "--results", str(tmp_path)]
     app_says(["run", str(study), *options])
     trials_file = tmp_path / "smoke_trials.csv"
     lines = trials_file.read_text().splitlines()
-    # Three budgets, tuned with one rate, measured with two seeds.
-    assert len(lines) == 1 + 3 * (1 + 2)
+    # Three budgets, tuned with one rate, measured with two seeds, and an arm with one.
+    assert len(lines) == 1 + 3 * (1 + 2) + (1 + 1)
+    steps_of = {trial["arm"]: int(trial["steps"]) for trial in csv.DictReader(lines)}
+    assert 0 < steps_of["even"] < steps_of["method"] / 2
     found = json.loads((tmp_path / "smoke.json").read_text())
     assert found["method"]["flops"] == pytest.approx(0.6 * found["dense"]["flops"], rel=0.1)
     assert (tmp_path / "smoke.png").stat().st_size
