@@ -20,10 +20,10 @@ class EvenBatches(Sampler[list[int]]):
         loader = DataLoader(data, batch_sampler=batches)
 
     A step has parts that do not shrink with its images: the optimizer, the launch of every
-    operator, the reading of weights. With images of half the height and width of `ramp-resolution`
-    they are most of a step, and a third of the operations takes more than half of the time. A batch
-    that holds as many pixels as one of full images takes about as long, and as much memory. Average
-    the loss over the batch. The price: fewer optimizer steps than with batches of one size.
+    operator, the reading of weights. In a small net they are much of a step on small images. A
+    batch that holds as many pixels as one of full images takes about as long, and as much memory.
+    Average the loss over the batch. The price: fewer optimizer steps than with batches of one size,
+    which cost the small CNN of docs/training_frontier.md most of what small images saved.
 
     A batch is sized when its first sample is drawn: workers of a loader run a few batches ahead of
     the model, and so of its gates. How many batches an epoch has depends on the progress that it
@@ -35,7 +35,6 @@ class EvenBatches(Sampler[list[int]]):
         batch_size: Samples in a batch of full images.
         model: The model with its gates, optimized or not, wrapped or not.
         size: Height and width of full images.
-        drop_last: Leave out the rest of an epoch that fills no batch.
 
     Raises:
         ConfigError: The size of a batch or of images is not positive.
@@ -50,7 +49,6 @@ class EvenBatches(Sampler[list[int]]):
         model: nn.Module,
         *,
         size: tuple[int, int],
-        drop_last: bool = False,
     ) -> None:
         if batch_size < 1 or min(size) < 1:
             raise ConfigError(
@@ -60,7 +58,6 @@ class EvenBatches(Sampler[list[int]]):
         self.sampler = sampler
         self.batch_size = batch_size
         self.size = size
-        self.drop_last = drop_last
         self._gates = [module for module in model.modules() if isinstance(module, ResolutionGate)]
 
     @property
@@ -71,7 +68,7 @@ class EvenBatches(Sampler[list[int]]):
         return round(self.batch_size * height * width / max(shown, default=height * width))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches of an epoch, each a list of what the sampler yields."""
+        """Yield an epoch in batches of what the sampler yields; the last may be shorter."""
         batch: list[int] = []
         wanted = 0
         for sample in self.sampler:
@@ -80,5 +77,5 @@ class EvenBatches(Sampler[list[int]]):
             if len(batch) == wanted:
                 yield batch
                 batch = []
-        if batch and not self.drop_last:
+        if batch:
             yield batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +47,30 @@ def test_batches_shrink_within_an_epoch_and_every_sample_comes_once() -> None:
     assert sizes[-2] == 64 > sizes[-1] > 0
 
 
-def test_the_rest_of_an_epoch_can_be_left_out() -> None:
-    batches = EvenBatches(range(10), 4, nn.ReLU(), size=(8, 8), drop_last=True)
-    assert list(batches) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+def test_an_interrupted_epoch_goes_on_with_the_same_batches() -> None:
+    def batches_of(state: dict[str, Any] | None, steps: int) -> tuple[list[list[int]], SampleGate]:
+        model, clock = gated()
+        clock.load_state_dict({"steps": steps, "consumed_flops": 0})
+        gate = SampleGate(2000, progress=lambda: clock.progress, seed=3)
+        if state is not None:
+            gate.load_state_dict(state)
+        found: list[list[int]] = []
+        for batch in EvenBatches(gate, 64, model, size=(32, 32)):
+            gate.update(batch, torch.ones(len(batch)))
+            found.append(batch)
+            for _ in range(9):
+                clock.step()
+            if state is None and len(found) == stop:
+                break
+        return found, gate
+
+    stop = 1000
+    whole, _ = batches_of(None, 0)
+    stop = 4
+    first, gate = batches_of(None, 0)
+    rest, _ = batches_of(gate.state_dict(), 9 * stop)
+    assert len({len(batch) for batch in rest}) > 1
+    assert first + rest == whole
 
 
 def test_the_largest_of_several_images_counts() -> None:

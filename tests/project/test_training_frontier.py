@@ -136,7 +136,7 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_pat
     # Three budgets, tuned with one rate, measured with two seeds, and an arm with one.
     assert len(lines) == 1 + 3 * (1 + 2) + (1 + 1)
     steps_of = {trial["arm"]: int(trial["steps"]) for trial in csv.DictReader(lines)}
-    assert 0 < steps_of["even"] < steps_of["method"] / 2
+    assert 0 < steps_of["even"] <= steps_of["method"] / 3
     found = json.loads((tmp_path / "smoke.json").read_text())
     assert found["method"]["flops"] == pytest.approx(0.6 * found["dense"]["flops"], rel=0.1)
     assert (tmp_path / "smoke.png").stat().st_size
