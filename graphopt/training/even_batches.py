@@ -26,9 +26,9 @@ class EvenBatches(Sampler[list[int]]):
     which cost the small CNN of docs/training_frontier.md most of what small images saved.
 
     A batch is sized when its first sample is drawn: workers of a loader run a few batches ahead of
-    the model, and so of its gates, and while images grow those batches cost more than others. How many batches an epoch has depends on the progress that it
-    makes, so there is no length. A model without a gate, or whose gates show full images, has
-    batches of `batch_size`.
+    the model, and so of its gates, and while images grow those batches cost more than others. How
+    many batches an epoch has depends on the progress that it makes, so there is no length. A model
+    without a gate, or whose gates show full images, has batches of `batch_size`.
 
     Args:
         sampler: Yields the samples of an epoch: a `Sampler`, a `SampleGate`, a list.
