@@ -27,14 +27,18 @@ _EVALUATED = 500
 
 
 class ConvolutionalNet(nn.Module):
-    """A residual net with batch norms: one block per width, each but the first halves the image."""
+    """A residual net with batch norms: one block per width, each but the first halves the image.
 
-    def __init__(self, widths: Sequence[int] = (16, 32, 64)) -> None:
+    At the last width `repeated` more blocks follow, which keep size and width.
+    """
+
+    def __init__(self, widths: Sequence[int] = (16, 32, 64), repeated: int = 0) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
         pairs = pairwise(widths)
         self.blocks = nn.Sequential(
-            *(_ConvolutionalBlock(before, after) for before, after in pairs)
+            *(_ConvolutionalBlock(before, after) for before, after in pairs),
+            *(_RepeatedBlock(widths[-1]) for _ in range(repeated)),
         )
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Linear(widths[-1], 10)
@@ -59,6 +63,20 @@ class _ConvolutionalBlock(nn.Module):
         entry = torch.relu(self.norm1(hidden))
         inner = self.conv2(torch.relu(self.norm2(self.conv1(entry))))
         result: Tensor = inner + self.shortcut(entry)
+        return result
+
+
+class _RepeatedBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.conv1(torch.relu(self.norm1(hidden)))
+        result: Tensor = hidden + self.conv2(torch.relu(self.norm2(inner)))
         return result
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from pydantic import Field
-from torch import nn
+from torch import fx, nn
 
 from graphopt.kernels.depth_gate import DepthGate, is_untrained
+from graphopt.passes.axis_flow import arguments_of
 from graphopt.passes.base import (
     Candidate,
     Change,
@@ -80,7 +81,9 @@ class GrowDepth(Pass):
     model's form; to be trained further, it has to go on with the gates.
 
     For models with fresh weights only: a block counts as trained, and is left alone, if none of its
-    parameters has the same value everywhere, as a norm's weights of 1 or a bias of 0 have.
+    parameters has the same value everywhere, as a norm's weights of 1 or a bias of 0 have. A block
+    that keeps running statistics, as batch norms do, is left alone too: it would join without any,
+    and on a CNN with batch norms growing lost more than it saved (docs/training_frontier.md).
 
     Source: G_stack (arXiv 2405.15319); progressive stacking (Gong et al., ICML 2019).
 
@@ -195,6 +198,9 @@ def _refusal(program: Program, context: Context, block: ResidualBlock) -> str | 
     reason = refusal(program, context, block) or kept_by_readers(program, block)
     if reason is not None:
         return reason
+    keeper = next(filter(_keeps_statistics, block.region.nodes), None)
+    if keeper is not None:
+        return f"{keeper.name} keeps running statistics, which a block that joins late would lack"
     freed = freed_parameters(program, block.region)
     if {item.name for item in freed} < {*block.place.weights}:
         return "its parameters are also read outside"
@@ -210,3 +216,14 @@ def _refusal(program: Program, context: Context, block: ResidualBlock) -> str | 
     if not is_untrained(values):
         return "its weights were trained: none of its parameters has the same value everywhere"
     return None
+
+
+def _keeps_statistics(node: fx.Node) -> bool:
+    """Say whether an operation, or one of the module that is called, updates running statistics."""
+    body: fx.Graph | None = node.meta.get("body")
+    operations = [node] if body is None else body.nodes
+    return any(
+        arguments_of(operation).get("running_mean") is not None
+        for operation in operations
+        if operation.op == "call_function"
+    )

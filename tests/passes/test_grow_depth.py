@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from residual_stack import TRAINING, Stack, X, blocks_of
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from zoo import find_case
 
 import graphopt
@@ -135,6 +137,35 @@ def test_tied_and_meta_layers_are_refused() -> None:
     assert meta == [
         "parameters on the meta device have no values that show whether they were trained"
     ]
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_block_with_running_statistics_is_refused(tracked: bool, functional: bool) -> None:
+    model = Stack(blocks=2)
+    for block in blocks_of(model):
+        block.norm = cast(nn.LayerNorm, Statistics(tracked, functional))
+    found = [reason.partition(" ")[2] for reason in reasons(model)]
+    assert found == ["keeps running statistics, which a block that joins late would lack"] * tracked
+
+
+class Statistics(nn.Module):
+    """A batch norm over the last axis of [batch, length, width], as a layer or as a function."""
+
+    def __init__(self, tracked: bool, functional: bool) -> None:
+        super().__init__()
+        self.layer = nn.BatchNorm1d(8, track_running_stats=tracked)
+        self.functional = functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(1, 2)
+        if self.functional:
+            mean, var = self.layer.running_mean, self.layer.running_var
+            weight, bias = self.layer.weight, self.layer.bias
+            turned = batch_norm(turned, mean, var, weight, bias, training=True)
+        else:
+            turned = self.layer(turned)
+        return turned.transpose(1, 2)
 
 
 def test_a_model_without_repetition_is_refused() -> None:
