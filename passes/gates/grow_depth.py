@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from pydantic import Field
 from torch import fx, nn
 
@@ -219,11 +220,11 @@ def _refusal(program: Program, context: Context, block: ResidualBlock) -> str | 
 
 
 def _keeps_statistics(node: fx.Node) -> bool:
-    """Say whether an operation, or one of the module that is called, updates running statistics."""
+    """Say whether an operation, or one of the module that is called, has running statistics."""
     body: fx.Graph | None = node.meta.get("body")
     operations = [node] if body is None else body.nodes
     return any(
         arguments_of(operation).get("running_mean") is not None
         for operation in operations
-        if operation.op == "call_function"
+        if isinstance(operation.target, torch._ops.OpOverload)
     )

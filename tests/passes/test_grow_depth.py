@@ -149,6 +149,26 @@ def test_a_block_with_running_statistics_is_refused(tracked: bool, functional: b
     assert found == ["keeps running statistics, which a block that joins late would lack"] * tracked
 
 
+def test_a_block_with_calls_that_are_no_operators_grows() -> None:
+    model = Stack(blocks=3)
+    for block in blocks_of(model):
+        block.norm = cast(nn.LayerNorm, Halves())
+    assert reasons(model) == []
+    assert any(isinstance(module, DepthGate) for module in grown(model).modules())
+
+
+class Halves(nn.Module):
+    """Half of the width scaled, both taken out of a list with Python's `getitem`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.split(4, -1)
+        return torch.cat((first * self.weight, second), -1)
+
+
 class Statistics(nn.Module):
     """A batch norm over the last axis of [batch, length, width], as a layer or as a function."""
 
