@@ -116,6 +116,12 @@ def _grouped_product(left: Tensor, right: Tensor, *_: Any, out_val: Tensor, **__
     return 2 * out_val.numel() * left.shape[-1]
 
 
+def _convolution(source: Tensor, weight: Tensor, *options: Any, out_val: Tensor, **_: Any) -> int:
+    transposed = options[4]
+    meets: Tensor = source if transposed else out_val
+    return 2 * meets.numel() * prod(weight.shape[1:])
+
+
 def _convolution_backward(
     gradient: Tensor, source: Tensor, weight: Tensor, *options: Any, **_: Any
 ) -> int:
@@ -152,8 +158,14 @@ def _encoder_layer(source: Tensor, width: int, heads: int, *rest: Any, **_: Any)
     return _self_attention(source, source, source, width, heads) + feed_forward
 
 
-# Operators that `torch.utils.flop_counter` does not know, or counts otherwise than they run.
+# Operators that `torch.utils.flop_counter` does not know, counts otherwise than they run, or counts
+# slowly although they run often: its formulas first replace every tensor by its shape.
 _FORMULAS: dict[Any, Formula] = {
+    _ATEN.mm: _product,
+    _ATEN.bmm: _product,
+    _ATEN.addmm: _added_products,
+    _ATEN.baddbmm: _added_products,
+    _ATEN.convolution: _convolution,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _ATEN.convolution_backward: _convolution_backward,

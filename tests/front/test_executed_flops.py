@@ -115,6 +115,18 @@ def test_fused_layers_of_torch_count_as_their_parts() -> None:
         assert executed(layer.eval(), x, backward=False) == parts
 
 
+def test_products_count_every_matrix_of_a_batch() -> None:
+    left, right = torch.randn(6, 3, 5), torch.randn(6, 5, 4)
+    with ExecutedFlops() as counted:
+        left[0] @ right[0]
+        torch.addmm(torch.randn(4), left[0], right[0], beta=2)
+    assert counted.flops == 2 * (2 * 3 * 5 * 4)
+    with ExecutedFlops() as counted:
+        left @ right
+        torch.baddbmm(torch.randn(3, 4), left, right, alpha=2)
+    assert counted.flops == 2 * (2 * 6 * 3 * 5 * 4)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_convolutions_count_their_groups_forward_and_backward(
