@@ -26,6 +26,7 @@ from .gates.freeze_blocks import FreezeBlocks
 from .gates.gate_layers import GateLayers
 from .gates.gate_tokens import GateTokens
 from .gates.grow_depth import GrowDepth
+from .gates.grow_width import GrowWidth
 from .gates.ramp_resolution import RampResolution
 
 P = TypeVar("P", bound=Pass)
@@ -45,6 +46,7 @@ _PASSES: dict[str, type[Pass]] = {
         GateTokens,
         GateLayers,
         GrowDepth,
+        GrowWidth,
         RampResolution,
         AddNgramEmbeddings,
         QuantizeWeights,

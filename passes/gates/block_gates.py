@@ -1,4 +1,4 @@
-"""A gate behind the add of a residual block: where it stands in the model and in the graph."""
+"""A gate behind a value of the graph, such as the add of a residual block: where it stands."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from graphopt.kernels.gates import Gate
 from graphopt.passes.errors import PlanError
 from graphopt.passes.lazy_branches import make_lazy
 from graphopt.passes.program import Program
-from graphopt.passes.tokens import Region
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def gate_name(program: Program, region: Region, kind: str, taken: set[str]) -> str:
-    """Return a free name, such as `layer_gate`, in the module whose forward adds."""
-    owner = _owner(program, region)[-1]
+def gate_name(program: Program, value: fx.Node, kind: str, taken: set[str]) -> str:
+    """Return a free name, such as `layer_gate`, in the module whose forward computes a value."""
+    owner = _owner(program, value)[-1]
     ends = chain([""], map(str, count(1)))
     names = (f"{owner}.{kind}{end}".lstrip(".") for end in ends)
     return next(
@@ -27,30 +26,29 @@ def gate_name(program: Program, region: Region, kind: str, taken: set[str]) -> s
     )
 
 
-def insert_gate(program: Program, region: Region, name: str, gate: Gate) -> None:
-    """Put a gate behind a region's add.
+def insert_gate(program: Program, value: fx.Node, entry: fx.Node, name: str, gate: Gate) -> None:
+    """Put a gate behind a value, which it may compute in another way from an earlier one.
 
     Raises:
-        PlanError: if the gate's name is not the one that is free there.
+        PlanError: if the gate's name is not one that is free there.
     """
-    modules = _owner(program, region)
+    modules = _owner(program, value)
     owner, _, attribute = name.rpartition(".")
     holder = program.module(owner)
     if owner != modules[-1] or hasattr(holder, attribute):
         raise PlanError(f"the gate {name!r} does not fit the model; is this plan for another one?")
     holder.add_module(attribute, gate.train(holder.training))
-    add, graph = region.add, program.graph
-    with graph.inserting_after(add):
-        node = graph.call_module(name, (add,), {"entry": region.entry})
-    calls = tuple(add.meta["calls"])[: len(modules)]
+    with program.graph.inserting_after(value):
+        node = program.graph.call_module(name, (value,), {"entry": entry})
+    calls = tuple(value.meta["calls"])[: len(modules)]
     # Analyses see the gate as what it is in evaluation mode: its first argument.
     body = fx.Graph()
     x = body.placeholder("x")
-    x.meta["val"] = add.meta["val"]
+    x.meta["val"] = value.meta["val"]
     body.output(x)
-    node.meta = {"val": add.meta["val"], "modules": modules, "calls": calls, "body": body}
+    node.meta = {"val": value.meta["val"], "modules": modules, "calls": calls, "body": body}
     make_lazy(node)
-    add.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
 
 
 def remove_gate(model: nn.Module, name: str, kind: type[Gate]) -> None:
@@ -65,12 +63,14 @@ def remove_gate(model: nn.Module, name: str, kind: type[Gate]) -> None:
     delattr(model.get_submodule(owner), attribute)
 
 
-def _owner(program: Program, region: Region) -> tuple[str, ...]:
+def _owner(program: Program, value: fx.Node) -> tuple[str, ...]:
     """Return the names of the module that gets the gate and of all around it, outermost first.
 
     It is no container, if there is a choice: those are counted, indexed and called by position.
     """
-    modules = tuple(region.add.meta["modules"])
+    modules = tuple(value.meta["modules"])
+    if value.op == "call_module" and modules[-1] == value.target:
+        modules = modules[:-1]
     while len(modules) > 1 and isinstance(program.module(modules[-1]), _CONTAINERS):
         modules = modules[:-1]
     return modules

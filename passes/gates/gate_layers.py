@@ -140,7 +140,7 @@ class GateLayers(Pass):
         details = read_change(change)
         (region,) = find_blocks(program, [details.place], change)
         if isinstance(details, Skip):
-            insert_gate(program, region, details.gate, _gate(details))
+            insert_gate(program, region.add, region.entry, details.gate, _gate(details))
         else:
             remove_block(program, region, details, change)
         program.changed()
@@ -175,7 +175,7 @@ class GateLayers(Pass):
             if reason is not None:
                 misses.append(self._miss(block.name, reason))
                 continue
-            gate = gate_name(program, block.region, _GATE, taken)
+            gate = gate_name(program, block.region.add, _GATE, taken)
             taken.add(gate)
             details = Skip(
                 kind="skip",

@@ -127,7 +127,9 @@ class GrowDepth(Pass):
                 later.append(
                     _Later(
                         place=block.place,
-                        gate=gate_name(program, block.region, _GATE, {item.gate for item in later}),
+                        gate=gate_name(
+                            program, block.region.add, _GATE, {item.gate for item in later}
+                        ),
                         own=ordered_weights(program, block),
                         donor=ordered_weights(program, donor),
                     )
@@ -157,7 +159,7 @@ class GrowDepth(Pass):
         for block, region in reversed([*zip(details.blocks, regions, strict=True)]):
             gate = DepthGate(own=block.own, donor=block.donor, joins=details.joins)
             gate.attach(program.model)
-            insert_gate(program, region, block.gate, gate)
+            insert_gate(program, region.add, region.entry, block.gate, gate)
         program.changed()
 
     def restore(self, model: nn.Module, change: Change) -> None:

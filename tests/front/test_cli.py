@@ -213,10 +213,11 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     compressing = {"factorize-low-rank", "prune-channels", "quantize-weights", "sparsify-blocks"}
     folding = {"fold-batch-norm", "fuse-projections"}
     allocating = {"pack-tokens", "drop-dead-tokens", "hoist-frozen-prefix"}
-    gating = {"gate-tokens", "gate-layers", "freeze-blocks", "ramp-resolution", "grow-depth"}
-    assert names == compressing | folding | allocating | gating | {"add-ngram-embeddings"}
+    gating = {"gate-tokens", "gate-layers", "freeze-blocks"}
+    growing = {"ramp-resolution", "grow-depth", "grow-width", "add-ngram-embeddings"}
+    assert names == compressing | folding | allocating | gating | growing
     assert isinstance(data["recipes"], dict)
-    for_training = {"exact", "fine-tune", "pretrain", "train"}
+    for_training = {"exact", "fine-tune", "pretrain", "train", "train-wide"}
     assert set(data["recipes"]) == {"deploy", "deploy-int8", "smallest"} | for_training
     assert isinstance(data["descriptions"], dict)
     assert "as fast as the guard allows" in data["descriptions"]["deploy"]

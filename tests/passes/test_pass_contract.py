@@ -44,6 +44,32 @@ def pooled() -> nn.Module:
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
+class Residual(nn.Module):
+    """Two convolutions with norms around a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(32)
+        self.inner = nn.Conv2d(32, 24, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(24)
+        self.outer = nn.Conv2d(24, 32, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(images)
+        inner = self.inner(torch.relu(self.norm1(hidden)))
+        hidden = hidden + self.outer(torch.relu(self.norm2(inner)))
+        logits: torch.Tensor = self.head(self.norm3(hidden).mean((2, 3)))
+        return logits
+
+
+def residual_convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual()
+
+
 def frozen_below() -> nn.Module:
     model = without_dropout(find_case("bert-classifier").build())
     for name, parameter in model.named_parameters():
@@ -59,6 +85,7 @@ def from_deeper(name: str) -> tuple[Build, Any, Any]:
 MODELS: dict[str, tuple[Build, Any, Any]] = {
     "convolutions": (normalized, torch.randn(3, 3, 8, 8), None),
     **{f"deeper-{name}": from_deeper(name) for name in ("bert-classifier", "gpt2")},
+    "residual-convolutions": (residual_convolutions, torch.randn(3, 3, 9, 11), None),
     "pooled": (pooled, torch.randn(3, 3, 16, 16), None),
     "frozen-bert": (frozen_below, *from_zoo("bert-classifier")[1:]),
     **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn")},
@@ -72,6 +99,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "gate-tokens": ("deeper-bert-classifier", "deeper-gpt2"),
     "gate-layers": ("bert-classifier", "gpt2"),
     "grow-depth": ("bert-classifier", "gpt2", "llama"),
+    "grow-width": ("residual-convolutions",),
     "drop-dead-tokens": ("bert-classifier",),
     "fold-batch-norm": ("convolutions",),
     "fuse-projections": ("llama",),
