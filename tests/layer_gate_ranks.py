@@ -21,6 +21,7 @@ from graphopt.kernels.layer_gate import LayerGate
 from graphopt.passes.base import Pass
 from graphopt.passes.gates.gate_layers import GateLayers
 from graphopt.passes.gates.grow_depth import GrowDepth
+from graphopt.passes.gates.grow_width import GrowWidth
 from graphopt.training.ranks import whole
 
 RANKS = 2
@@ -48,6 +49,19 @@ def build(step: Pass | None = None) -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 8), *[Block() for _ in range(4)], nn.Linear(8, 3)).double()
     example = torch.randn(ROWS, 8, dtype=torch.float64)
     return graphopt.optimize(model, (example,), recipe=[step or GateLayers(rate=0.7)]).train()
+
+
+def build_convolutions() -> nn.Module:
+    """Return a model whose channels join later; it has no norms, which see a rank's rows only."""
+    torch.manual_seed(3)
+    layers = (nn.Conv1d(1, 32, 3), nn.ReLU(), nn.Conv1d(32, 32, 3), nn.ReLU())
+    pooled = (nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 3))
+    model = nn.Sequential(nn.Unflatten(1, (1, 8)), *layers, *pooled).double()
+    for layer in layers:
+        if isinstance(layer, nn.Conv1d) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    example = torch.randn(ROWS, 8, dtype=torch.float64)
+    return graphopt.optimize(model, (example,), recipe=[GrowWidth(joins=0.5)]).train()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -117,10 +131,11 @@ def run_rank(rank: int, directory: str) -> None:
                 "decisions": decisions(model),
             }
             torch.save(found, Path(directory) / f"{kind}-{rank}.pt")
-        grown = DistributedDataParallel(build(GrowDepth()))
-        losses, values = train(grown, slice(rank * ROWS, (rank + 1) * ROWS), growing=True)
-        kept = {**values, "losses": torch.tensor(losses, dtype=torch.float64)}
-        torch.save(kept, Path(directory) / f"grown-{rank}.pt")
+        for kind, grown in (("depth", build(GrowDepth())), ("width", build_convolutions())):
+            rows = slice(rank * ROWS, (rank + 1) * ROWS)
+            losses, values = train(DistributedDataParallel(grown), rows, growing=True)
+            kept = {**values, "losses": torch.tensor(losses, dtype=torch.float64)}
+            torch.save(kept, Path(directory) / f"{kind}-{rank}.pt")
         distributed.barrier()
     finally:
         # Models hold on to the group by reference cycles; its threads end only with them.

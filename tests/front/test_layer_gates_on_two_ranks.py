@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_gate_ranks import RANKS, build, decisions, run_rank, train
+from layer_gate_ranks import RANKS, build, build_convolutions, decisions, run_rank, train
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
@@ -50,15 +50,19 @@ def test_blocks_are_left_out_alike_in_one_process_and_in_two(
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-11)
 
 
-def test_a_model_grows_alike_in_one_process_and_in_two(directory: Path) -> None:
-    losses, expected = train(build(GrowDepth()), slice(None), growing=True)
+@pytest.mark.parametrize(("kind", "late"), [("depth", "4.up.weight"), ("width", "3.weight")])
+def test_a_model_grows_alike_in_one_process_and_in_two(
+    directory: Path, kind: str, late: str
+) -> None:
+    model = build(GrowDepth()) if kind == "depth" else build_convolutions()
+    losses, expected = train(model, slice(None), growing=True)
     first, second = (
-        torch.load(directory / f"grown-{rank}.pt", weights_only=True) for rank in range(RANKS)
+        torch.load(directory / f"{kind}-{rank}.pt", weights_only=True) for rank in range(RANKS)
     )
     # As above: only the rounding of two means differs, and no Adam amplifies it.
     mean = (first.pop("losses") + second.pop("losses")) / 2
     torch.testing.assert_close(mean, mean.new_tensor(losses), rtol=0, atol=1e-11)
-    assert expected["4.up.weight"].any()
+    assert expected[late][:, -1].any()
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-11)

@@ -146,10 +146,13 @@ def test_a_training_goes_on_from_a_checkpoint(saved_at: float, tmp_path: Path) -
 
 def test_a_trained_model_is_not_touched_by_a_new_training() -> None:
     model = trained(trained(grown(Net()), 0.2), 0.7)
+    plain = Net().train()
+    plain.load_state_dict(model.state_dict())
     again = grown(Net())
     again.load_state_dict(model.state_dict())
-    advance(again, 0.0)
-    assert torch.equal(again(IMAGES), model(IMAGES))
+    for grown_before in (again, model):
+        advance(grown_before, 0.0)
+        assert torch.equal(grown_before(IMAGES), plain(IMAGES))
 
 
 def test_a_copy_of_the_model_grows_by_itself() -> None:
@@ -183,6 +186,17 @@ def test_it_grows_with_a_clock_and_ends_in_full() -> None:
         spent.append(executed.flops)
         clock.step()
     assert spent[0] == spent[1] < spent[2] == spent[3]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+def test_it_compiles_and_runs_in_bfloat16() -> None:
+    model = grown(Net())
+    compiled = torch.compile(model, backend="eager")
+    for progress in (0.0, 0.7):
+        advance(model, progress)
+        assert_same_outputs(compiled(IMAGES), model(IMAGES))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(IMAGES).isfinite().all()
 
 
 def without_norms() -> nn.Module:
