@@ -58,15 +58,25 @@ class WidthGrowth:
 
     def _begin(self) -> None:
         (model,) = self._model
+        tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        for name, dims in self.cuts.items():
+            if name not in tensors or any(tensors[name].shape[d] < n for d, n in dims.items()):
+                raise RuntimeError(
+                    f"{name} was to begin with its first channels, but is gone or smaller now; "
+                    "apply grow-width after the passes that change layers"
+                )
         unread = [
-            model.get_parameter(name).detach().narrow(dim, kept, size - kept)
+            tensors[name].detach().narrow(dim, kept, tensors[name].shape[dim] - kept)
             for name, dims in self.reads.items()
             for dim in dims
-            for kept, size in [(self.cuts[name][dim], model.get_parameter(name).shape[dim])]
+            for kept in [self.cuts[name][dim]]
         ]
-        parameters = dict(model.named_parameters(remove_duplicate=False))
         if any(bool(part.any()) for part in unread):
-            self._joined = not is_untrained([parameters[n] for n in self.cuts if n in parameters])
+            cut = [tensors[name] for name in self.cuts]
+            self._joined = not is_untrained([p for p in cut if isinstance(p, nn.Parameter)])
         self._narrow = not self._joined
         if self._narrow:
             for part in unread:

@@ -155,6 +155,14 @@ def test_a_trained_model_is_not_touched_by_a_new_training() -> None:
         assert torch.equal(grown_before(IMAGES), plain(IMAGES))
 
 
+def test_layers_that_were_changed_afterwards_are_an_error_with_the_reason() -> None:
+    model = grown(Net())
+    model.head = nn.Linear(8, 5)
+    advance(model, 0.0)
+    with pytest.raises(RuntimeError, match=r"head.weight was to begin .* apply grow-width after"):
+        model(IMAGES)
+
+
 def test_a_copy_of_the_model_grows_by_itself() -> None:
     model = grown(Net())
     before = copy.deepcopy(model.state_dict())
