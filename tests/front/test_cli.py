@@ -217,7 +217,7 @@ def test_passes_lists_passes_options_and_recipes() -> None:
     growing = {"ramp-resolution", "grow-depth", "grow-width", "add-ngram-embeddings"}
     assert names == compressing | folding | allocating | gating | growing
     assert isinstance(data["recipes"], dict)
-    for_training = {"exact", "fine-tune", "pretrain", "train", "train-wide"}
+    for_training = {"exact", "fine-tune", "pretrain", "train"}
     assert set(data["recipes"]) == {"deploy", "deploy-int8", "smallest"} | for_training
     assert isinstance(data["descriptions"], dict)
     assert "as fast as the guard allows" in data["descriptions"]["deploy"]

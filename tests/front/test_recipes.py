@@ -20,7 +20,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_presets_are_the_documented_ones() -> None:
-    training = {"exact", "fine-tune", "pretrain", "train", "train-wide"}
+    training = {"exact", "fine-tune", "pretrain", "train"}
     assert set(preset_names()) == {"deploy", "deploy-int8", "smallest"} | training
 
 
