@@ -38,6 +38,7 @@ class Arm(_Strict):
         share: Its budget, as a share of the dense model's full one; None for every share of the
             study.
         recipe: Name of a recipe, or passes by comma; None to train the model as it is.
+        budget: Share of the dense operations that the recipe is given; None for no budget.
         model: Arguments of the workload's model that differ from the study's.
         samples: Which samples are trained on.
         batch: Samples of a step, None for the study's.
@@ -48,6 +49,7 @@ class Arm(_Strict):
 
     share: float | None = Field(default=None, gt=0)
     recipe: str | None = None
+    budget: float | None = Field(default=None, gt=0, lt=1)
     model: dict[str, Any] = Field(default_factory=dict)
     samples: Samples = Samples()
     batch: int | None = Field(default=None, gt=0)

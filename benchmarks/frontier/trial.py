@@ -105,7 +105,9 @@ def made(study: Study, task: Task, arm: Arm, seed: int) -> tuple[nn.Module, floa
     example = task.batch(range(study.batch), seed)
     example.pop("labels", None)
     started = time.perf_counter()
-    model = graphopt.optimize(model.train(), example, recipe=arm.recipe, measure=False)
+    model = graphopt.optimize(
+        model.train(), example, recipe=arm.recipe, budget=arm.budget, measure=False
+    )
     return model, time.perf_counter() - started
 
 
