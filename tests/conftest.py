@@ -1,5 +1,6 @@
 """What every test starts from: one seed, one hypothesis profile, one real checkpoint."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 # Two test processes run side by side (`-n 2` in pyproject.toml), one core each.
 torch.set_num_threads(1)
+
+# Traced programs are many objects that live long; with Python's own thresholds walking over them
+# takes 7 % of the time.
+gc.set_threshold(10_000, 10, 50)
 
 # Timings vary on shared machines, and a red test must stay red when run again.
 settings.register_profile("graphopt", deadline=None, derandomize=True)
