@@ -123,7 +123,7 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_pat
     study = tmp_path / "smoke.yaml"
     study.write_text(
         "workload: images\n"
-        "model: {kind: cnn, widths: [4, 8]}\n"
+        "model: {kind: cnn, widths: [8, 16]}\n"
         "batch: 50\nepochs: 2\nrates: [0.01]\nshares: [0.5, 1.0]\nseeds: 1\nfull_seeds: 2\n"
         "arms:\n  dense: {seeds: 2}\n"
         "  method: {share: 0.6, recipe: ramp-resolution, samples: {choice: learned}}\n"
