@@ -12,8 +12,7 @@ from hypothesis import settings
 # Two test processes run side by side (`-n 2` in pyproject.toml), one core each.
 torch.set_num_threads(1)
 
-# Traced programs are many objects that live long; with Python's own thresholds walking over them
-# takes 7 % of the time.
+# Traced programs are many objects that live long: walk over them less often.
 gc.set_threshold(10_000, 10, 50)
 
 # Timings vary on shared machines, and a red test must stay red when run again.

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from frontier.images import Images
 from frontier.language import Language
 from frontier.saving import compute_at, difference, frontier, saving, saving_over
-from frontier.trial import Trial
+from frontier.study import Arm, Study
+from frontier.trial import Trial, made
 from training_frontier import app
 from typer.testing import CliRunner
 
@@ -117,6 +119,16 @@ def digits(tmp_path: Path) -> Path:
         with gzip.open(tmp_path / f"random-{name}.gz", "wb") as file:
             file.write(header + sizes + values.numpy().tobytes())
     return tmp_path
+
+
+def test_an_arm_with_a_budget_is_pruned_to_it(digits: Path) -> None:
+    model = {"kind": "cnn", "widths": [16, 32]}
+    study = Study(workload="images", model=model, batch=2, epochs=1, rates=(0.1,), arms={})
+    arm = Arm(recipe="prune-channels{share=1}", budget=0.4)
+    pruned, _ = made(study, Images(digits), arm, 1)
+    dense, _ = made(study, Images(digits), Arm(), 1)
+    channels, all_channels = (net.get_submodule("head").in_features for net in (pruned, dense))
+    assert 0 < channels < all_channels == 32
 
 
 def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_path: Path) -> None:
