@@ -11,6 +11,9 @@ What each form becomes, and why this one (ONNX Runtime 1.31, x86 with VNNI):
 * none: a product with multiplied integers, which ONNX Runtime folds when it loads the file. Not
   DequantizeLinear: ONNX Runtime makes MatMulNBits of it, with inputs rounded to 8 bits.
 * groups of 4-bit weights, and groups with dynamic inputs: MatMulNBits.
+
+Without VNNI ONNX Runtime sums pairs of unsigned times signed products in 16 bits, where they
+saturate, unless the session's entry `session.x64quantprecision` is "1".
 """
 
 from __future__ import annotations
