@@ -282,14 +282,29 @@ def parse_share(value: float | str | None, what: str) -> float | None:
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a parameter or buffer of the model another value, of any shape, by its name."""
+    """Give a parameter or buffer of the model another value, of any shape, by its name.
+
+    Where the old one has its channels last in memory, the new one has them too: convolutions of
+    weights in the other order are slower beside them.
+    """
     parent, _, attribute = name.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, attribute)
+    for order in (torch.channels_last, torch.channels_last_3d):
+        if _in_order(old, order) and value.dim() == old.dim():
+            value = value.clone(memory_format=order)
     if isinstance(old, nn.Parameter):
         setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
         module._buffers[attribute] = value
+
+
+def _in_order(tensor: torch.Tensor, order: torch.memory_format) -> bool:
+    """Tell by the strides, which for sizes of 1 say more than `is_contiguous`."""
+    if tensor.dim() != {torch.channels_last: 4, torch.channels_last_3d: 5}[order]:
+        return False
+    alike = torch.empty(tensor.shape, device="meta", memory_format=order)
+    return alike.stride() == tensor.stride()
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -233,6 +233,19 @@ def test_repaired_convolutions_solve_the_least_squares_problem() -> None:
     assert (design @ fitted.double() - targets).norm() <= best * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_weights_keep_their_order_in_memory(order: torch.memory_format) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)
+    ).to(memory_format=order)  # type: ignore[call-overload]
+    program = capture(model, torch.randn(3, 1, 9, 9))
+    pruned(program, budget=0.5)
+    weights = [value for value in program.model.parameters() if value.dim() == 4]
+    assert [value.shape[1] for value in weights] != [1, 16, 16]
+    for value in weights:
+        assert value.stride() == torch.empty(value.shape, memory_format=order).stride()
+
+
 def test_padded_rows_are_not_counted() -> None:
     program = program_of("bert")
     batch = dict(program.example)
