@@ -87,10 +87,6 @@ class UniformSource:
             if share > budget * (1 + 1e-9):
                 context = replace(context, budget=budget / share)
             elif not step.exact:
-                rest = step.propose(program, replace(context, budget=1.0))
-                gates = tuple(c for c in rest.candidates if step.trains_only(c.change))
-                if gates:  # what runs as before in evaluation mode spends no budget
-                    return replace(rest, candidates=gates), context
                 cheaper = flops < self._dense.flops
                 reason = "earlier passes already met" if cheaper else "the model already meets"
                 reason += " the budget"

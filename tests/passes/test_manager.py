@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -18,7 +17,6 @@ from graphopt.passes.budget import parse_budget
 from graphopt.passes.compress.prune_channels import PruneChannels
 from graphopt.passes.errors import ConfigError, PlanError, VerificationError
 from graphopt.passes.exact.fold_batch_norm import FoldBatchNorm
-from graphopt.passes.gates.ramp_resolution import RampResolution
 from graphopt.passes.guard import Guard
 from graphopt.passes.manager import PassManager, apply_plan, bisect, load_state
 from graphopt.passes.plan import Plan
@@ -77,23 +75,6 @@ def test_later_passes_do_not_run_when_the_budget_is_met() -> None:
     assert [m.reason for m in plan.misses][-1] == "earlier passes already met the budget"
     plan = run(program(), PRUNE, budget=1.0)
     assert [m.reason for m in plan.misses] == ["the model already meets the budget"]
-
-
-def test_gates_that_only_train_spend_no_budget() -> None:
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-    ramp = RampResolution()
-    for budget, passes in ((0.5, ["prune-channels", "ramp-resolution"]), (1.0, [ramp.name])):
-        current = capture(copy.deepcopy(net), torch.randn(3, 3, 16, 16))
-        plan = run(current, PRUNE, ramp, budget=budget)
-        assert [change.pass_name for change in plan.changes] == passes
-    plan = run(program(), PRUNE, ramp, budget=0.5)  # no images: nothing to do but what is met
-    assert [m.reason for m in plan.misses][-1] == "earlier passes already met the budget"
 
 
 def test_passes_for_inference_do_not_run_in_training() -> None:
