@@ -131,7 +131,10 @@ def test_an_arm_with_a_budget_is_pruned_to_it(digits: Path) -> None:
     assert 0 < channels < all_channels == 32
 
 
-def test_a_small_study_runs_resumes_and_says_what_it_saves(digits: Path, tmp_path: Path) -> None:
+def test_a_small_study_runs_resumes_and_says_what_it_saves(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frontier.times._STEPS", 2)  # how long they take is not the point here
     study = tmp_path / "smoke.yaml"
     study.write_text(
         "workload: images\n"
