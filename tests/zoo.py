@@ -6,11 +6,9 @@ mode, with dropout rates other than zero wherever the architecture has them.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +26,6 @@ CLASSES = 3
 IMAGE_SIZE = 32
 
 Inputs = dict[str, Any] | tuple[Any, ...]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -90,22 +87,6 @@ def with_attention(model: nn.Module, implementation: str) -> nn.Module:
 def find_case(name: str) -> Case:
     """Return the case of that name."""
     return next(case for case in CASES if case.name == name)
-
-
-def captured_once(capturing: Callable[..., Result]) -> Callable[..., Result]:
-    """Call a function once for equal arguments: captures take seconds.
-
-    Every caller gets a copy of its own, and goes on with the same random numbers.
-    """
-    once = cache(capturing)
-
-    @wraps(capturing)
-    def copied(*args: Hashable, **kwargs: Hashable) -> Result:
-        result: Result = copy.deepcopy(once(*args, **kwargs))
-        torch.manual_seed(0)
-        return result
-
-    return copied
 
 
 def _clear_rates(holder: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import captured_once, find_case, without_dropout
+from zoo import find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.kernels import FusedLinear, LowRankLinear
@@ -23,7 +23,6 @@ REPLACING: dict[str, dict[str, Any]] = {
 }
 
 
-@captured_once
 def program_of(name: str) -> Program:
     case = find_case(name)
     args, kwargs = case.call(3, 9)

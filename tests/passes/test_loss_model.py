@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import captured_once, find_case, without_dropout
+from zoo import find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.passes.base import Candidate, Change, Context, Pass, Proposal, State
@@ -23,7 +23,6 @@ Batches = list[dict[str, Any]]
 Chosen = tuple[Pass, Candidate]
 
 
-@captured_once
 def captured(name: str, *, labels: bool = False) -> tuple[Program, Batches]:
     """Return a program in evaluation mode, its weights large enough to matter, and batches."""
     case = find_case(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import captured_once, find_case, without_dropout
+from zoo import find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.passes.base import Candidate, Context, Pass, set_tensor
@@ -28,7 +28,6 @@ MODELS = {
 CASES = [(name, model) for name, models in MODELS.items() for model in models]
 
 
-@captured_once
 def captured(name: str) -> tuple[Program, list[dict[str, Any]]]:
     """Return a program in evaluation mode and three batches for it."""
     case = find_case(name)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import fx, nn
-from zoo import captured_once, find_case
+from zoo import find_case
 
 from graphopt import Program, capture
 from graphopt.errors import VerificationError
@@ -15,7 +15,6 @@ from graphopt.passes.program import shape_of
 from graphopt.passes.propagation import refresh
 
 
-@captured_once
 def captured(name: str) -> Program:
     case = find_case(name)
     inputs = case.inputs(2, 16)

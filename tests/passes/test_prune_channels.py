@@ -9,7 +9,7 @@ import torch
 from coupled_models import COUPLED
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import captured_once, find_case, without_dropout
+from zoo import find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.passes.axes import axes_of
@@ -27,7 +27,6 @@ from graphopt.passes.verifier import Verifier, relative_error
 FINE = PruneChannels(round_to=1)
 
 
-@captured_once
 def program_of(name: str) -> Program:
     case = find_case(name)
     args, kwargs = case.call(3, 9)
