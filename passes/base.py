@@ -281,6 +281,10 @@ def parse_share(value: float | str | None, what: str) -> float | None:
     return share
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The order by the number of dimensions."""
+
+
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Give a parameter or buffer of the model another value, of any shape, by its name.
 
@@ -290,21 +294,20 @@ def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     parent, _, attribute = name.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, attribute)
-    for order in (torch.channels_last, torch.channels_last_3d):
-        if _in_order(old, order) and value.dim() == old.dim():
-            value = value.clone(memory_format=order)
+    if old.dim() == value.dim() and _has_channels_last(old):
+        value = value.clone(memory_format=_CHANNELS_LAST[value.dim()])
     if isinstance(old, nn.Parameter):
         setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
         module._buffers[attribute] = value
 
 
-def _in_order(tensor: torch.Tensor, order: torch.memory_format) -> bool:
+def _has_channels_last(tensor: torch.Tensor) -> bool:
     """Tell by the strides, which for sizes of 1 say more than `is_contiguous`."""
-    if tensor.dim() != {torch.channels_last: 4, torch.channels_last_3d: 5}[order]:
+    order = _CHANNELS_LAST.get(tensor.dim())
+    if order is None:
         return False
-    alike = torch.empty(tensor.shape, device="meta", memory_format=order)
-    return alike.stride() == tensor.stride()
+    return tensor.stride() == torch.empty(tensor.shape, device="meta", memory_format=order).stride()
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

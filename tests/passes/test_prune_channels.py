@@ -237,7 +237,8 @@ def test_repaired_convolutions_solve_the_least_squares_problem() -> None:
 def test_weights_keep_their_order_in_memory(order: torch.memory_format) -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)
-    ).to(memory_format=order)  # type: ignore[call-overload]
+    )
+    nn.utils.convert_conv2d_weight_memory_format(model, order)
     program = capture(model, torch.randn(3, 1, 9, 9))
     pruned(program, budget=0.5)
     weights = [value for value in program.model.parameters() if value.dim() == 4]
