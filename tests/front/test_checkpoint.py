@@ -85,7 +85,7 @@ def test_the_resolved_recipe_lies_beside_the_model_and_makes_it_again(tmp_path: 
 @pytest.mark.parametrize("name", ["gpt2", "llama-padded", "transformer-encoder"])
 def test_loaded_models_equal_saved_ones_to_the_last_bit(name: str, tmp_path: Path) -> None:
     case = zoo.find_case(name)
-    args, kwargs = case.call(2, 8)
+    args, kwargs = case.call(*zoo.EXAMPLE)
     model = unchanged(case.build(), kwargs or args)
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")
@@ -95,7 +95,7 @@ def test_loaded_models_equal_saved_ones_to_the_last_bit(name: str, tmp_path: Pat
         key for key in model.state_dict() if not key.startswith("_graphopt")
     }
     for length in (8, 11):
-        args, kwargs = case.call(3, length)
+        args, kwargs = case.call(4, length)
         assert_equal_outputs(model, loaded, *args, **kwargs)
         original: Any = type(model).__mro__[1]
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_loaded_models_equal_saved_ones_to_the_last_bit(name: str, tmp_path: Pat
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     case = zoo.find_case("gpt2")
-    model: Any = unchanged(case.build(), case.call(2, 8)[1])
+    model: Any = unchanged(case.build(), case.call(*zoo.EXAMPLE)[1])
     save(model, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert ("lm_head.weight" in stored) + ("transformer.wte.weight" in stored) == 1
@@ -174,7 +174,7 @@ def test_minilm_goes_through_a_directory_that_stays_one(
 
 def test_a_bfloat16_model_keeps_its_types(tmp_path: Path) -> None:
     case = zoo.find_case("llama-padded")
-    model = unchanged(case.build().to(torch.bfloat16), case.call(2, 8)[1])
+    model = unchanged(case.build().to(torch.bfloat16), case.call(*zoo.EXAMPLE)[1])
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
@@ -268,7 +268,7 @@ def test_loading_makes_no_dense_weights(tmp_path: Path) -> None:
 
 def test_densify_gives_the_original_class_and_shapes(tmp_path: Path) -> None:
     case = zoo.find_case("bert")
-    kwargs = case.call(2, 8)[1]
+    kwargs = case.call(*zoo.EXAMPLE)[1]
     model = pruned(case.build(), kwargs)
     save(model, tmp_path / "out")
     dense = densify(load(tmp_path / "out"))

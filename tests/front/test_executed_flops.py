@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.capture import capture
@@ -89,12 +89,12 @@ def test_a_transformer_counts_as_by_hand_and_as_planned() -> None:
 def test_whole_models_count_as_planned(name: str) -> None:
     case = find_case(name)
     model = without_dropout(case.build()).train()
-    args, kwargs = case.call(2, 16)
+    args, kwargs = case.call(*EXAMPLE)
     with ExecutedFlops() as counted:
         outputs = model(*args, **kwargs)
         real = [item for item in tree_leaves(outputs) if isinstance(item, Tensor)]
         torch.stack([item.square().sum() for item in real if item.requires_grad]).sum().backward()
-    facts = facts_of(capture(model, case.inputs(2, 16)))
+    facts = facts_of(capture(model, case.inputs(*EXAMPLE)))
     assert counted.flops == facts.forward_flops + facts.backward_flops
 
 

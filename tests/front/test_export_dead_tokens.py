@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.runtime import installation_of
@@ -17,7 +17,7 @@ from graphopt.runtime import installation_of
 
 def first_token() -> tuple[nn.Module, dict[str, Tensor]]:
     case = find_case("bert-classifier")
-    return case.build(), case.call(3, 9)[1]
+    return case.build(), case.call(*EXAMPLE)[1]
 
 
 def last_token() -> tuple[nn.Module, dict[str, Tensor]]:

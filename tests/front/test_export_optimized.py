@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import find_case
+from zoo import EXAMPLE, find_case, with_layers
 
 import graphopt
 from graphopt.passes.compress.prune_channels import PruneChannels
@@ -18,8 +18,8 @@ from graphopt.runtime import installation_of
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "resnet", "t5"])
 def test_an_optimized_model_is_exported_and_compared(name: str, tmp_path: Path) -> None:
     case = find_case(name)
-    args, kwargs = case.call(2, 12)
-    model = case.build().eval()
+    args, kwargs = case.call(*EXAMPLE)
+    model = with_layers(name, 1).eval()
     small = graphopt.optimize(
         model,
         args or kwargs,

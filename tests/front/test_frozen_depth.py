@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt.capture import capture
 from graphopt.errors import ConfigError, TrainingError
@@ -39,7 +39,7 @@ def probe(model: nn.Module, **options: Any) -> DepthProbe:
 )
 def test_a_depth_is_all_that_its_value_depends_on(name: str, below: str, above: str) -> None:
     case = find_case(name)
-    args, kwargs = case.call(3, 9)
+    args, kwargs = case.call(*EXAMPLE)
     model = case.build()
     none, first, second = frozen_depths(capture(model, kwargs or args))
     assert (none.parameters, none.flops) == ((), 0)

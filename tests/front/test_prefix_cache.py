@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 import graphopt
 from graphopt.errors import TrainingError
@@ -163,7 +163,7 @@ def test_other_content_and_other_weights_are_computed_again(
 def test_padding_that_is_read_is_stored(tmp_path: Path) -> None:
     """A language model's loss over padded positions reads them, so whole rows are kept."""
     case = find_case("gpt2-padded")
-    _, batch = case.call(3, 9, labels=True)
+    _, batch = case.call(*EXAMPLE, labels=True)
     model = frozen(case.build(), "wte", "wpe", "h.0.")
     model = graphopt.optimize(model, batch, recipe=["hoist-frozen-prefix"], measure=False)
     model.eval()
@@ -189,7 +189,7 @@ def test_padding_that_is_read_is_stored(tmp_path: Path) -> None:
 )
 def test_images(name: str, parts: tuple[str, ...], tmp_path: Path) -> None:
     case = find_case(name)
-    args, kwargs = case.call(3, 9)
+    args, kwargs = case.call(*EXAMPLE)
     model = frozen(case.build(), *parts)
     model = graphopt.optimize(
         model, kwargs or args, recipe=["hoist-frozen-prefix"], measure=False

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt import capture
 from graphopt.errors import PlanError
@@ -25,7 +25,7 @@ def installed(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     case = find_case(name)
     eager = without_dropout(case.build()).eval()
     model = copy.deepcopy(eager)
-    inputs = case.inputs(2, 16)
+    inputs = case.inputs(*EXAMPLE)
     return eager, install(capture(model, inputs), Plan(model_class=name), **options)
 
 
@@ -64,7 +64,7 @@ def test_class_names_and_parameters_stay() -> None:
     original, config = type(model), model.get_submodule("bert").config
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     keys = list(model.state_dict())
-    result = install(capture(model, case.inputs(2, 16)), Plan(model_class="x"))
+    result = install(capture(model, case.inputs(*EXAMPLE)), Plan(model_class="x"))
     assert result is model
     assert isinstance(model, original)
     assert type(model) is not original
@@ -74,7 +74,7 @@ def test_class_names_and_parameters_stay() -> None:
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert all(m is modules[name] for name, m in model.named_modules())
     assert len(list(model.named_modules())) == len(modules)
-    output = model(**case.call(3, 9)[1])
+    output = model(**case.call(4, 7)[1])
     assert type(output).__name__ == "SequenceClassifierOutput"
 
 
@@ -84,7 +84,7 @@ def test_the_graph_runs_what_it_captured_and_eager_the_rest(
     eager, model = installed("bert-classifier")
     eager_calls = count_graph_calls(model, monkeypatch)
     case = find_case("bert-classifier")
-    inputs = case.call(3, 9)[1]
+    inputs = case.call(4, 7)[1]
     positional = tuple(inputs.values())
     result, positional_result = model(**inputs), model(*positional)
     assert not eager_calls
@@ -95,7 +95,7 @@ def test_the_graph_runs_what_it_captured_and_eager_the_rest(
     assert_equal(hidden, eager(**inputs, output_hidden_states=True))
     assert_equal(model(**inputs, return_dict=False), eager(**inputs, return_dict=False))
     assert_equal(model(inputs["input_ids"]), eager(inputs["input_ids"]))
-    labelled = case.call(3, 9, labels=True)[1]
+    labelled = case.call(4, 7, labels=True)[1]
     assert_equal(model(**labelled), eager(**labelled))
     with pytest.raises(TypeError, match="input_ids"):
         model(inputs["input_ids"], input_ids=inputs["input_ids"])
@@ -139,7 +139,7 @@ def test_generation_with_a_cache_gives_the_eager_tokens(name: str) -> None:
 def test_a_deep_copy_is_independent() -> None:
     eager, model = installed("bert")
     twin = copy.deepcopy(model)
-    inputs = find_case("bert").call(3, 9)[1]
+    inputs = find_case("bert").call(4, 7)[1]
     expected = eager(**inputs)
     assert type(twin) is type(model)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_compiled_model_gives_the_same_at_every_size(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama", "cnn"])
 def test_autocast_is_equal_to_eager_autocast(name: str) -> None:
     eager, model = installed(name)
-    args, kwargs = find_case(name).call(3, 9)
+    args, kwargs = find_case(name).call(4, 7)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(*args, **kwargs)
         assert_equal(found, eager(*args, **kwargs))
@@ -179,7 +179,7 @@ def test_autocast_is_equal_to_eager_autocast(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert-classifier", "gpt2"])
 def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
     eager, model = installed(name)
-    inputs = find_case(name).call(3, 9)[1]
+    inputs = find_case(name).call(4, 7)[1]
     expected = gradients(eager.train(), inputs)
     assert all(map(torch.equal, gradients(model.train(), inputs), expected))
     ran: list[int] = []
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_keeps_the_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_conversion_to_another_type_is_equal_to_eager(name: str, dtype: torch.dtype) -> None:
     eager, model = installed(name)
-    inputs = find_case(name).call(3, 9)[1]
+    inputs = find_case(name).call(4, 7)[1]
     found = model.to(dtype)(**inputs)
     assert_equal(found, eager.to(dtype)(**inputs))
     assert flatten(found)[0][0].dtype == dtype
@@ -208,7 +208,7 @@ def test_conversion_to_another_type_is_equal_to_eager(name: str, dtype: torch.dt
 
 def test_hooks_on_leaves_and_blocks_fire() -> None:
     eager, model = installed("bert")
-    inputs = find_case("bert").call(3, 9)[1]
+    inputs = find_case("bert").call(4, 7)[1]
     seen: dict[str, list[Any]] = {"eager": [], "graph": []}
     for kind, owner in (("eager", eager), ("graph", model)):
         for name in ("encoder.layer.0", "encoder.layer.1.output.dense", "pooler.dense"):
@@ -228,13 +228,13 @@ def test_uninstall_gives_the_classes_back() -> None:
     classes = {name: type(module) for name, module in eager.named_modules()}
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert installation_of(model) is None
-    inputs = find_case("bert").call(3, 9)[1]
+    inputs = find_case("bert").call(4, 7)[1]
     assert_equal(model(**inputs), eager(**inputs))
 
 
 def test_a_refused_eager_forward_raises_on_another_call() -> None:
     eager, model = installed("bert", eager_refusal="the heads were removed")
-    inputs = find_case("bert").call(3, 9)[1]
+    inputs = find_case("bert").call(4, 7)[1]
     assert_equal(model(**inputs), eager(**inputs))
     with pytest.raises(PlanError, match=r"the heads were removed; optimize again"):
         model(**inputs, output_hidden_states=True)
@@ -244,7 +244,7 @@ def test_a_refused_eager_forward_raises_on_another_call() -> None:
 
 def test_a_refused_eager_forward_leaves_modes_equal_up_to_rounding() -> None:
     eager, model = installed("transformer-encoder", eager_refusal="a layer was replaced")
-    (features,), _ = find_case("transformer-encoder").call(3, 9)
+    (features,), _ = find_case("transformer-encoder").call(4, 7)
     expected = eager(features).detach()  # with gradients: torch's fused layer does not run
     with torch.no_grad():
         assert torch.equal(model(features), expected)
@@ -257,7 +257,7 @@ def test_hugging_face_directory_is_written_under_the_class_name(tmp_path: Path) 
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert config.architectures == ["BertForSequenceClassification"]
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    inputs = find_case("bert-classifier").call(3, 9)[1]
+    inputs = find_case("bert-classifier").call(4, 7)[1]
     assert_equal(again(**inputs), eager(**inputs))
 
 
@@ -269,7 +269,7 @@ def test_pickling_says_what_to_do_instead() -> None:
 
 def test_shared_block_runs_one_function_for_each_call() -> None:
     eager, model = installed("shared-block")
-    (features,), _ = find_case("shared-block").call(3, 9)
+    (features,), _ = find_case("shared-block").call(4, 7)
     assert_equal(model(features), eager(features))
     assert_equal(copy.deepcopy(model)(features), eager(features))
 

@@ -76,7 +76,8 @@ def exported(model: nn.Module, path: Path, x: Tensor, **settings: Any) -> Export
     if not runtime_saturates():
         return graphopt.export_onnx(model, path, x, **settings)
     with pytest.raises(ExportError, match="differs from torch"):
-        graphopt.export_onnx(model, path, x, **settings)
+        # No other opset and no fixed sizes would mend it: one attempt is enough.
+        graphopt.export_onnx(model, path, x, **{**settings, "opset": 20, "dynamic": {}})
     assert not path.exists()
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.capture import capture
@@ -26,7 +26,7 @@ RECIPE = "add-ngram-embeddings{rows=512}"
 
 def gpt2() -> tuple[nn.Module, dict[str, Any]]:
     case = find_case("gpt2")
-    return without_dropout(case.build()).eval(), case.call(2, 12, labels=False)[1]
+    return without_dropout(case.build()).eval(), case.call(*EXAMPLE, labels=False)[1]
 
 
 def optimized(model: nn.Module, example: Any) -> nn.Module:
@@ -124,7 +124,7 @@ def test_models_without_tokens_and_unknown_inputs_are_refused() -> None:
 
 def test_of_several_inputs_with_tokens_one_is_named() -> None:
     case = find_case("t5")
-    _, call = case.call(2, 12)
+    _, call = case.call(*EXAMPLE)
     dense = without_dropout(case.build())
     assert "say which are token ids" in reason(dense, call)
     step = AddNgramEmbeddings(rows=512, ids="decoder_input_ids")

@@ -66,7 +66,7 @@ class CountedLosses:
 def captured(name: str) -> Program:
     torch.manual_seed(0)
     case = zoo.find_case(name)
-    args, kwargs = case.call(2, 12)
+    args, kwargs = case.call(*zoo.EXAMPLE)
     return capture(case.build().eval(), args or kwargs)
 
 

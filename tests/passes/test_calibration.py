@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt.capture import capture
 from graphopt.passes.calibration import Calibration
@@ -124,7 +124,7 @@ def test_batches_that_do_not_fit_are_refused(
 )
 def test_masks_of_either_meaning_are_understood(name: str) -> None:
     case = find_case(name)
-    _, call = case.call(3, 9)
+    _, call = case.call(*EXAMPLE)
     program = capture(case.build(), call)
     found = real_tokens(program, call)
     assert found is not None
@@ -133,7 +133,7 @@ def test_masks_of_either_meaning_are_understood(name: str) -> None:
 
 def test_a_mask_does_not_hide_other_tokens() -> None:
     case = find_case("t5")
-    _, call = case.call(3, 9)
+    _, call = case.call(*EXAMPLE)
     program = capture(case.build(), call)
     call = {**call, "decoder_input_ids": call["input_ids"]}
     counts = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from zoo import find_case, with_attention, without_dropout
+from zoo import EXAMPLE, find_case, with_attention, without_dropout
 
 from graphopt.capture import capture
 from graphopt.kernels.packed_rows import real_rows
@@ -159,7 +159,7 @@ def test_the_last_token_of_each_sample(kind: str) -> None:
 @pytest.mark.parametrize("keep", [1, 3])
 def test_a_decoder_that_keeps_some_logits(keep: int) -> None:
     model = build("llama").eval()
-    inputs = {**find_case("llama").call(3, 9)[1], "logits_to_keep": keep, "use_cache": False}
+    inputs = {**find_case("llama").call(*EXAMPLE)[1], "logits_to_keep": keep, "use_cache": False}
     program, before = changed(model, inputs)
     assert total_cost(program).flops < 0.8 * before
     other = {**find_case("llama").call(2, 12)[1], "logits_to_keep": keep, "use_cache": False}
@@ -206,7 +206,7 @@ def test_it_goes_before_packing() -> None:
 
 def test_it_says_what_reads_everything() -> None:
     def reason(name: str, **labels: Any) -> str:
-        args, kwargs = find_case(name).call(3, 9, **labels)
+        args, kwargs = find_case(name).call(*EXAMPLE, **labels)
         program = capture(build(name), kwargs or args)
         proposal = DropDeadTokens().propose(program, Context())
         assert not proposal.candidates

@@ -10,7 +10,7 @@ import pytest
 import torch
 from slower_costs import SlowerCosts
 from torch import Tensor, nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt.capture import capture
 from graphopt.kernels import LowRankLinear
@@ -146,7 +146,7 @@ def test_undoing_gives_a_dense_layer_of_the_same_function() -> None:
 def test_a_real_architecture_is_replayed_on_meta_parameters() -> None:
     case = find_case("llama")
     model = case.build()
-    program, plan = factorized(model, case.inputs(2, 8), Context(training=True, budget=0.7))
+    program, plan = factorized(model, case.inputs(*EXAMPLE), Context(training=True, budget=0.7))
     assert len(plan.changes) == 14
     with torch.device("meta"):
         blank = case.build()

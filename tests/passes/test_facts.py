@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.kernels import QuantizedLinear
@@ -51,8 +52,8 @@ def _attention_flops(program: Any) -> int:
 def test_torch_counts_the_same(name: str) -> None:
     case = find_case(name)
     model = without_dropout(case.build())
-    program = capture(model, case.inputs(2, 8))
-    args, kwargs = case.call(2, 8)
+    program = capture(model, case.inputs(*EXAMPLE))
+    args, kwargs = case.call(*EXAMPLE)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             total = _sum(model(*args, **kwargs))
@@ -88,17 +89,18 @@ def test_minilm_by_hand() -> None:
 
 def test_modules_share_the_total() -> None:
     case = find_case("bert")
-    program = capture(case.build(), case.inputs(2, 8))
+    program = capture(case.build(), case.inputs(*EXAMPLE))
     costs = module_costs(program)
+    tokens = math.prod(EXAMPLE)
     assert sum(cost.flops for cost in costs.values()) == total_cost(program).flops
-    assert costs["encoder.layer.0.intermediate.dense"].flops == 2 * 16 * 32 * 64
+    assert costs["encoder.layer.0.intermediate.dense"].flops == 2 * tokens * 32 * 64
     assert costs["encoder.layer.0.intermediate.dense"].parameters == 32 * 64 + 64
-    assert costs["encoder.layer.0.attention.self"].flops == 2 * 2 * 16 * 8 * 32
+    assert costs["encoder.layer.0.attention.self"].flops == 2 * 2 * tokens * EXAMPLE[1] * 32
 
 
 def test_shared_module_counts_parameters_once() -> None:
     case = find_case("shared-block")
-    program = capture(case.build(), case.inputs(2, 8))
+    program = capture(case.build(), case.inputs(*EXAMPLE))
     name, calls = max(
         (
             (str(node.target), len(program.calls(str(node.target))))
@@ -116,7 +118,7 @@ def test_shared_module_counts_parameters_once() -> None:
 def test_tied_weights_count_once() -> None:
     case = find_case("gpt2")
     model = case.build()
-    total = total_cost(capture(model, case.inputs(2, 8)))
+    total = total_cost(capture(model, case.inputs(*EXAMPLE)))
     assert total.parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -151,13 +153,13 @@ def test_recurrent_layers_by_hand() -> None:
 
 def test_experts_count_the_tokens_they_get() -> None:
     case = find_case("mixtral")
-    program = capture(case.build(), case.inputs(2, 8))
+    program = capture(case.build(), case.inputs(*EXAMPLE))
     found = [
         node_cost(program, node).forward_flops
         for node in program.graph.nodes
         if "grouped_mm" in str(node.target)
     ]
-    routed = 16 * 2  # every token goes to two of the four experts
+    routed = math.prod(EXAMPLE) * 2  # every token goes to two of the four experts
     assert found == [2 * routed * 32 * 128, 2 * routed * 64 * 32] * 2
 
 

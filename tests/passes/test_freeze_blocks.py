@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.capture import capture
@@ -22,7 +22,7 @@ from graphopt.training import ExecutedFlops
 
 def bert() -> tuple[nn.Module, dict[str, Any]]:
     case = find_case("bert-classifier")
-    return without_dropout(case.build()), case.call(3, 9)[1]
+    return without_dropout(case.build()), case.call(*EXAMPLE)[1]
 
 
 class Tied(nn.Module):
@@ -95,7 +95,7 @@ def test_a_tied_parameter_of_the_frozen_part_stays_tied() -> None:
 
 def test_a_dry_run_of_fine_tune_plans_what_a_run_does_and_freezes_nothing() -> None:
     case = find_case("bert-classifier")
-    model, call = case.build(), case.call(3, 9)[1]
+    model, call = case.build(), case.call(*EXAMPLE)[1]
     call["attention_mask"][0, 5:] = 0
     recipe = "freeze-blocks{depth=1},hoist-frozen-prefix,drop-dead-tokens,pack-tokens"
     planned = graphopt.plan(model, call, recipe=recipe)
@@ -112,7 +112,7 @@ def test_a_dry_run_of_fine_tune_plans_what_a_run_does_and_freezes_nothing() -> N
 
 def test_a_word_table_that_is_also_the_head_is_not_frozen() -> None:
     case = find_case("gpt2")
-    args, kwargs = case.call(3, 9)
+    args, kwargs = case.call(*EXAMPLE)
     (reason,) = misses(case.build(), kwargs or args, depth=1)
     assert "is also read above" in reason
 

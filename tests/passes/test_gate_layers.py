@@ -12,7 +12,7 @@ from residual_stack import TRAINING, Stack, X, blocks_of, changed, reasons
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.capture import capture
@@ -50,7 +50,7 @@ def advance(model: nn.Module, wanted: Callable[[list[bool]], bool], progress: fl
 
 def test_every_block_but_the_first_gets_a_rate_by_its_depth() -> None:
     case = find_case("transformer-encoder")
-    args, kwargs = case.call(2, 7)
+    args, kwargs = case.call(*EXAMPLE)
     program = capture(case.build(), kwargs or args)
     proposal = GateLayers(rate=0.3).propose(program, TRAINING)
     blocks = sum(len(chain.regions) for chain in residual_stream(program).chains)
@@ -62,7 +62,7 @@ def test_every_block_but_the_first_gets_a_rate_by_its_depth() -> None:
 @pytest.mark.parametrize("name", ["bert-classifier", "resnet"])
 def test_evaluation_is_that_of_the_plain_model_to_the_last_bit(name: str) -> None:
     case = find_case(name)
-    args, kwargs = case.call(2, 7)
+    args, kwargs = case.call(*EXAMPLE)
     model = case.build().eval()
     optimized = graphopt.optimize(model, kwargs or args, recipe=[GateLayers(rate=0.9)])
     assert gates(optimized)
@@ -79,7 +79,7 @@ def test_evaluation_is_that_of_the_plain_model_to_the_last_bit(name: str) -> Non
 def test_steps_without_blocks_cost_less_by_these(name: str) -> None:
     """Post-norm, and a pre-norm decoder whose keys and values are a result."""
     case = find_case(name)
-    args, kwargs = case.call(2, 7)
+    args, kwargs = case.call(*EXAMPLE)
     program, plan = changed(without_dropout(case.build()), kwargs or args, GateLayers(rate=0.9))
     model, tensors = program.model.train(), flatten(program.example)[0]
     facts = facts_of(program)

@@ -11,7 +11,7 @@ import torch
 from residual_stack import TRAINING, Stack, X, blocks_of
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 import graphopt
 from graphopt.capture import capture
@@ -50,7 +50,7 @@ def reasons(model: nn.Module, context: Context = TRAINING, example: Tensor = X) 
 @pytest.mark.parametrize("name", ["bert-classifier", "gpt2", "llama"])
 def test_a_layer_is_attention_and_feed_forward(name: str) -> None:
     case = find_case(name)
-    args, kwargs = case.call(2, 7)
+    args, kwargs = case.call(*EXAMPLE)
     found = repeated_layers(capture(case.build(), kwargs or args))
     assert [len(layer) for layer in found] == [2, 2]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt.capture import capture
 from graphopt.passes.base import Context
@@ -34,7 +34,7 @@ def frozen(model: nn.Module, parts: Iterable[str]) -> nn.Module:
 
 def program_of(name: str, parts: Iterable[str]) -> Program:
     case = find_case(name)
-    args, kwargs = case.call(3, 9, labels=case.labels is not None)
+    args, kwargs = case.call(*EXAMPLE, labels=case.labels is not None)
     return capture(frozen(case.build(), parts), kwargs or args)
 
 
@@ -55,7 +55,7 @@ def test_the_frozen_part_no_longer_follows_the_mode(name: str) -> None:
 
     # As if the modules of the frozen part were in evaluation mode: the same random numbers too.
     case = find_case(name)
-    args, kwargs = case.call(3, 9, labels=case.labels is not None)
+    args, kwargs = case.call(*EXAMPLE, labels=case.labels is not None)
     reference = frozen(case.build(), FROZEN[name]).train()
     for part, module in reference.named_modules():
         if any(word in f"{part}." for word in FROZEN[name]):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.kernels import FusedLinear, LowRankLinear
@@ -25,7 +25,7 @@ REPLACING: dict[str, dict[str, Any]] = {
 
 def program_of(name: str) -> Program:
     case = find_case(name)
-    args, kwargs = case.call(3, 9)
+    args, kwargs = case.call(*EXAMPLE)
     return capture(without_dropout(case.build()).eval(), kwargs or args)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt.capture import capture
 from graphopt.passes.linear_layers import linear_layer, linear_layers
@@ -116,6 +116,6 @@ def test_what_computes_something_more_is_no_linear_layer(more: str) -> None:
 def test_layers_of_a_real_model_are_found_whatever_their_class() -> None:
     case = find_case("gpt2")
     model = case.build()
-    found = dict(linear_layers(capture(model, case.inputs(2, 5))))
+    found = dict(linear_layers(capture(model, case.inputs(*EXAMPLE))))
     assert len(found) == 9
     assert [name for name, layer in found.items() if not layer.transposed] == ["lm_head"]

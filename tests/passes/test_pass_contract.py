@@ -9,7 +9,7 @@ import pytest
 import torch
 from gated_models import call, deeper
 from torch import nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt.passes.base import Context
 from graphopt.passes.registry import pass_named, pass_names
@@ -23,7 +23,7 @@ def from_zoo(name: str) -> tuple[Build, Any, Any]:
     case = find_case(name)
 
     def call(labels: bool) -> Any:
-        args, kwargs = case.call(3, 9, labels=labels)
+        args, kwargs = case.call(*EXAMPLE, labels=labels)
         return kwargs or args
 
     other = call(True) if case.labels is not None else None

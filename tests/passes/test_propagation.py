@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import fx, nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt import Program, capture
 from graphopt.errors import VerificationError
@@ -17,7 +17,7 @@ from graphopt.passes.propagation import refresh
 
 def captured(name: str) -> Program:
     case = find_case(name)
-    inputs = case.inputs(2, 16)
+    inputs = case.inputs(*EXAMPLE)
     return capture(case.build(), inputs)
 
 
@@ -56,7 +56,7 @@ def test_only_what_a_resized_layer_feeds_is_recomputed() -> None:
     before = values(program)
     refresh(program)
     for call in program.calls("block.up"):
-        assert shape_of(call) == (2, 16, 40)
+        assert shape_of(call) == (*EXAMPLE, 40)
         body = call.meta["body"]
         weight = next(n for n in body.nodes if n.op == "get_attr" and "weight" in n.target)
         assert weight.target == "block.up.weight"
@@ -76,11 +76,11 @@ def test_an_edited_constant_is_recomputed_on_a_model_with_an_lstm() -> None:
     doubled.meta = {"modules": ("",), "calls": ("",)}
     embedding.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
     refresh(program)
-    assert shape_of(doubled) == (2, 16, 32)
+    assert shape_of(doubled) == (*EXAMPLE, 32)
     program.module("head").weight = nn.Parameter(torch.zeros(5, 32))
     program.module("head").bias = nn.Parameter(torch.zeros(5))
     refresh(program)
-    assert shape_of(program.calls("head")[0]) == (2, 5)
+    assert shape_of(program.calls("head")[0]) == (EXAMPLE[0], 5)
 
 
 def test_equal_operations_are_computed_once() -> None:
@@ -106,8 +106,8 @@ def test_a_plain_attribute_of_a_layer_counts_as_a_change() -> None:
     assert isinstance(stem, nn.Conv2d)
     stem.stride = (1, 1)
     refresh(program)
-    assert shape_of(program.calls("stem")[0]) == (2, 16, 32, 32)
-    assert shape_of(program.calls("project_norm")[0]) == (2, 16, 32, 32)
+    assert shape_of(program.calls("stem")[0]) == (EXAMPLE[0], 16, 32, 32)
+    assert shape_of(program.calls("project_norm")[0]) == (EXAMPLE[0], 16, 32, 32)
 
 
 class Applied(nn.Module):
@@ -148,11 +148,11 @@ def test_works_on_meta_parameters() -> None:
     case = find_case("gpt2")
     with torch.device("meta"):
         model = case.build()
-    program = capture(model, case.inputs(2, 16))
+    program = capture(model, case.inputs(*EXAMPLE))
     with torch.device("meta"):
         program.model.lm_head = nn.Linear(32, 7, bias=False)
     refresh(program)
-    assert shape_of(program.calls("lm_head")[0]) == (2, 16, 7)
+    assert shape_of(program.calls("lm_head")[0]) == (*EXAMPLE, 7)
 
 
 def test_a_program_without_tensors_is_refused() -> None:

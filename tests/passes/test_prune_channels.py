@@ -9,7 +9,7 @@ import torch
 from coupled_models import COUPLED
 from torch import Tensor, nn
 from torch.nn import functional
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.passes.axes import axes_of
@@ -29,7 +29,7 @@ FINE = PruneChannels(round_to=1)
 
 def program_of(name: str) -> Program:
     case = find_case(name)
-    args, kwargs = case.call(3, 9)
+    args, kwargs = case.call(*EXAMPLE)
     return capture(without_dropout(case.build()), kwargs or args)
 
 

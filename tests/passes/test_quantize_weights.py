@@ -9,7 +9,7 @@ import pytest
 import torch
 from slower_costs import SlowerCosts
 from torch import Tensor, nn
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.kernels import QuantizedLinear
@@ -260,7 +260,7 @@ def test_reconstructed_weights_stand_for_rounded_inputs_too() -> None:
 
 
 def test_conv1d_layers_are_quantized_and_come_back_as_themselves() -> None:
-    args, kwargs = find_case("gpt2").call(3, 9)
+    args, kwargs = find_case("gpt2").call(*EXAMPLE)
     model = without_dropout(find_case("gpt2").build()).eval()
     dense = copy.deepcopy(model)
     _, plan = quantized(model, kwargs or args)

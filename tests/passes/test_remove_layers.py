@@ -9,7 +9,7 @@ import pytest
 import torch
 from residual_stack import Stack, X, blocks_of, changed, reasons
 from torch.nn import functional
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.capture import capture
@@ -66,7 +66,7 @@ def test_influence_is_one_minus_the_cosine_on_calibration_data() -> None:
 
 def test_padding_has_no_influence() -> None:
     case = find_case("bert-classifier")
-    _, kwargs = case.call(3, 9)
+    _, kwargs = case.call(*EXAMPLE)
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[:, 5:] = 0
     program = capture(case.build(), {**kwargs, "attention_mask": mask})
@@ -83,13 +83,13 @@ def test_padding_has_no_influence() -> None:
 
 def test_removal_keeps_the_contract() -> None:
     case = find_case("bert-classifier")
-    args, kwargs = case.call(3, 9)
+    args, kwargs = case.call(*EXAMPLE)
     assert_pass_contract(
         GateLayers(remove=1),
         lambda: without_dropout(case.build()),
         kwargs or args,
         context=Context(budget=0.5, training=True),
-        other_example=case.call(3, 9, labels=True)[1],
+        other_example=case.call(*EXAMPLE, labels=True)[1],
     )
 
 

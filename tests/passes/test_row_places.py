@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 from graphopt.capture import capture
 from graphopt.passes.axis_flow import tensor_nodes, tensors_of
@@ -25,7 +25,7 @@ ROW = (1, 2)
 
 def captured(name: str, *, labels: bool = False) -> tuple[Program, RowPlaces]:
     case = find_case(name)
-    args, kwargs = case.call(3, 7, labels=labels)
+    args, kwargs = case.call(*EXAMPLE, labels=labels)
     program = capture(without_dropout(case.build()), kwargs or args)
     places = row_places(program, padding_input(program))
     assert places is not None

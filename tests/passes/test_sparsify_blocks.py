@@ -14,7 +14,7 @@ import torch
 from slower_costs import SlowerCosts
 from torch import Tensor, nn
 from typer.testing import CliRunner
-from zoo import find_case, without_dropout
+from zoo import EXAMPLE, find_case, without_dropout
 
 import graphopt
 from graphopt.capture import capture
@@ -121,7 +121,7 @@ def test_units_without_a_place_compute_the_same_in_any_order(name: str) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1, 0.1)
-    program = capture(model, case.inputs(2, 8))
+    program = capture(model, case.inputs(*EXAMPLE))
     groups = [group for group in axes_of(program).groups() if not group.placed]
     assert any(group.reasons and group.kind == "hidden units" for group in groups)
     assert any(not group.reasons and group.kind == "hidden units" for group in groups)
@@ -184,7 +184,7 @@ def test_kept_energy_grows_on_a_real_architecture() -> None:
     for permute in (False, True):
         model = case.build()
         step = replace(SMALL, permute=permute)
-        _, plan = sparsified(model, case.inputs(2, 8), Context(ignore=("self_attn",)), step)
+        _, plan = sparsified(model, case.inputs(*EXAMPLE), Context(ignore=("self_attn",)), step)
         assert len(plan.changes) == 6
         kept.append(kept_energy(dense, model, [record.target for record in plan.changes]))
     assert kept[1] > kept[0]
@@ -372,14 +372,14 @@ def test_undoing_gives_layers_of_their_own_class_and_function() -> None:
     model = without_dropout(case.build())
     kinds = {name: type(module) for name, module in model.named_modules()}
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    program, plan = sparsified(model, case.inputs(2, 8), Context())
+    program, plan = sparsified(model, case.inputs(*EXAMPLE), Context())
     assert len(plan.changes) == 8
     expected = observe(program, training=False, gradients=False).outputs
     for record in reversed(plan.changes):
         SMALL.restore(model, record.change)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
-    actual = observe(capture(model, case.inputs(2, 8)), training=False, gradients=False).outputs
+    actual = observe(capture(model, case.inputs(*EXAMPLE)), training=False, gradients=False).outputs
     for new, old in zip(actual, expected, strict=True):
         assert relative_error(new, old) <= rounding_bound(program)
 

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import find_case
+from zoo import EXAMPLE, find_case
 
 from graphopt.capture import capture
 from graphopt.passes.program import Program, shape_of
@@ -26,7 +26,7 @@ STREAMS: tuple[tuple[str, tuple[int, ...], tuple[int, ...], set[str]], ...] = (
     ("mixtral", (4,), (1,), {"input_ids"}),
     ("mpt", (4,), (1,), {"input_ids"}),
     ("opt", (4,), (1,), {"input_ids", "attention_mask"}),
-    ("t5", (4, 6), (1,), {"input_ids", "attention_mask", "decoder_input_ids"}),
+    ("t5", (4, 3), (1,), {"input_ids", "attention_mask", "decoder_input_ids"}),
     ("vit", (4,), (1,), set()),
     ("swin", (4, 4), (1,), set()),
     ("convnext", (1, 1, 1, 1), (2, 3), set()),
@@ -41,7 +41,7 @@ STREAMS: tuple[tuple[str, tuple[int, ...], tuple[int, ...], set[str]], ...] = (
 @cache
 def _program(name: str) -> Program:
     case = find_case(name)
-    return capture(case.build(), case.inputs(2, 12))
+    return capture(case.build(), case.inputs(*EXAMPLE))
 
 
 @pytest.mark.parametrize(
