@@ -13,7 +13,7 @@ from .costs import Costs
 from .latency import Comparison, weaker
 from .latency_curve import LatencyCurve, anchor_sizes
 from .program import Program, hint
-from .workload import Workload
+from .workload import Workload, stand_in
 
 
 def compare_sizes(
@@ -93,7 +93,7 @@ def _workload(axes: Axes, operation: fx.Node, sizes: Mapping[int, int]) -> Workl
     for index, source in enumerate(operation.all_input_nodes):
         value: torch.Tensor = source.meta["val"]
         shape = [_size(axes, source, dim, sizes) for dim in range(value.dim())]
-        empty = torch.empty(shape, dtype=value.dtype, device="meta")
+        empty = stand_in(value, shape)
         name = f"operand_{index}"
         if source.op == "get_attr":
             trained = value.is_floating_point()

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from .facts import attribute_of
 from .program import Program, hint, shape_of
-from .workload import Workload
+from .workload import Workload, stand_in
 
 
 def region_workload(program: Program, nodes: Sequence[fx.Node]) -> Workload:
@@ -35,7 +35,7 @@ def region_workload(program: Program, nodes: Sequence[fx.Node]) -> Workload:
         if source.op == "get_attr":
             copies[source] = _attribute(program, root, graph, source)
         elif isinstance(value, torch.Tensor):
-            inputs.append(torch.empty(shape_of(source), dtype=value.dtype, device="meta"))
+            inputs.append(stand_in(value, shape_of(source)))
             copies[source] = graph.placeholder(f"input_{len(inputs)}")
         else:
             copies[source] = hint(value)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .program import hint
+
 
 @dataclass(frozen=True, eq=False)
 class Workload:
@@ -34,14 +36,14 @@ class Workload:
         return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
     def signature(self, *, training: bool) -> str:
-        """Return module, sizes and types as text: equal ones cost the same."""
+        """Return module, sizes, types and memory orders as text: equal ones cost the same."""
         tensors = [
-            f"{name}:{list(tensor.shape)}:{tensor.dtype}{':trained' * tensor.requires_grad}"
+            f"{name}:{_form(tensor)}{':trained' * tensor.requires_grad}"
             for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers())
         ]
         kind = type(self.module)
         text = " ".join(str(self.module).split())
-        inputs = ", ".join(f"{list(value.shape)}:{value.dtype}" for value in self.inputs)
+        inputs = ", ".join(map(_form, self.inputs))
         mode = "training step" if training else "inference"
         return (
             f"{kind.__module__}.{kind.__qualname__} {text} {' '.join(tensors)} "
@@ -57,10 +59,40 @@ class Workload:
         return Workload(_materialized(self.module, device).train(training), inputs)
 
 
+def stand_in(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor on the meta device that stands for a value of a program at another shape.
+
+    Its dimensions lie in memory as the value's do: a convolution over channels that come last
+    takes another time than over images that lie one channel after the other.
+
+    Args:
+        value: A fake tensor of the program.
+        shape: As many sizes as the value has.
+    """
+    return torch.empty_permuted(
+        tuple(shape), _memory_order(value), dtype=value.dtype, device="meta"
+    )
+
+
+def _memory_order(value: torch.Tensor) -> list[int]:
+    """Return the dimensions from the outermost inwards; as they are where they have no order."""
+    strides = [hint(s) for s in value.stride()] if value.layout is torch.strided else [0]
+    if 0 in strides:
+        return list(range(value.dim()))
+    return sorted(range(value.dim()), key=lambda dim: -strides[dim])
+
+
+def _form(value: torch.Tensor) -> str:
+    """Return shape and type as text, and the order in memory where it is not that of the shape."""
+    order = _memory_order(value)
+    ordered = order == sorted(order)
+    return f"{list(value.shape)}:{value.dtype}{'' if ordered else f' in memory {order}'}"
+
+
 def _filled(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     if not value.is_meta:
         return value.detach().to(device, copy=True)
-    made = torch.zeros(value.shape, dtype=value.dtype, device=device)
+    made = torch.zeros_like(value, device=device)
     return made.normal_() if value.is_floating_point() else made
 
 

@@ -6,13 +6,21 @@ import itertools
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from graphopt.capture import capture
+from graphopt.passes.axes import axes_of
+from graphopt.passes.contraction_times import compare_sizes
 from graphopt.passes.costs import Costs, default_cache_path
+from graphopt.passes.region_times import region_workload
+from graphopt.passes.runners import TorchRunner
+from graphopt.passes.workload import Workload
 
 ROWS = (256, 512)
 
@@ -55,6 +63,44 @@ def test_training_step_takes_longer_than_inference() -> None:
         for training in (True, False)
     )
     assert step > 1.5 * forward
+
+
+class Noting(TorchRunner):
+    """Keeps the workloads that it times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: list[Workload] = []
+
+    def prepare(self, work: Workload, *, training: bool) -> Callable[[], Any]:
+        self.works.append(work)
+        return super().prepare(work, training=training)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_convolutions_are_timed_in_the_order_of_memory_they_run_in(
+    memory_format: torch.memory_format,
+) -> None:
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2))
+    net = nn.Sequential(*layers).to(memory_format=memory_format)  # type: ignore[call-overload]
+    program = capture(net, torch.randn(2, 3, 9, 9).to(memory_format=memory_format))
+    (group,) = (group for group in axes_of(program).groups() if group.prunable)
+    noting = Noting()
+    costs = Costs(runner=noting, budget_s=0.001)
+    assert compare_sizes(program, group, 4, costs, training=True) is not None
+    region = region_workload(program, program.calls("2"))
+    costs.latency(region, training=True)
+    tensors = [
+        tensor
+        for work in noting.works
+        for tensor in (*work.module.parameters(), *work.inputs)
+        if tensor.dim() == 4
+    ]
+    assert len(tensors) > 4
+    assert all(tensor.is_contiguous(memory_format=memory_format) for tensor in tensors)
+    assert ("in memory" in region.signature(training=True)) == (
+        memory_format is torch.channels_last
+    )
 
 
 def test_module_and_random_numbers_stay_as_they_are() -> None:
