@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# The tables have more; these two are what every kernel is held to.
+ARCHITECTURES = ("sm_80", "sm_90")
 # What a row is; the rest is what the compiler of one release made of it.
 IDENTITIES = {
     "kernels_ahead_of_time": (
@@ -57,14 +59,16 @@ def test_every_row_compiles_without_faults_as_the_committed_table_says(
     name: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "table.csv"
+    chosen = [word for part in ARCHITECTURES for word in ("--architecture", part)]
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--output", str(output)],
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--output", str(output), *chosen],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found, committed = rows_of(output), rows_of(BENCHMARKS / "results" / f"{name}.csv")
+    table = rows_of(BENCHMARKS / "results" / f"{name}.csv")
+    found, committed = rows_of(output), [r for r in table if r["architecture"] in ARCHITECTURES]
     if found[0]["triton"] != committed[0]["triton"]:
         found, committed = (
             [{field: row[field] for field in IDENTITIES[name]} for row in rows]
