@@ -81,8 +81,8 @@ class Noting(TorchRunner):
 def test_convolutions_are_timed_in_the_order_of_memory_they_run_in(
     memory_format: torch.memory_format,
 ) -> None:
-    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2))
-    net = nn.Sequential(*layers).to(memory_format=memory_format)  # type: ignore[call-overload]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2))
+    nn.utils.convert_conv2d_weight_memory_format(net, memory_format)
     program = capture(net, torch.randn(2, 3, 9, 9).to(memory_format=memory_format))
     (group,) = (group for group in axes_of(program).groups() if group.prunable)
     noting = Noting()
