@@ -19,6 +19,7 @@ from torch import nn
 
 from .errors import ConfigError
 from .latency import Comparison, Source
+from .memory_order import laid_out_like
 from .program import Program
 
 if TYPE_CHECKING:
@@ -281,33 +282,20 @@ def parse_share(value: float | str | None, what: str) -> float | None:
     return share
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The order by the number of dimensions."""
-
-
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Give a parameter or buffer of the model another value, of any shape, by its name.
 
-    Where the old one has its channels last in memory, the new one has them too: convolutions of
-    weights in the other order are slower beside them.
+    It lies in memory as the old one does: convolutions of weights whose channels do not come last
+    are slower beside others.
     """
     parent, _, attribute = name.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, attribute)
-    if old.dim() == value.dim() and _has_channels_last(old):
-        value = value.clone(memory_format=_CHANNELS_LAST[value.dim()])
+    value = laid_out_like(value, old)
     if isinstance(old, nn.Parameter):
         setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
         module._buffers[attribute] = value
-
-
-def _has_channels_last(tensor: torch.Tensor) -> bool:
-    """Tell by the strides, which for sizes of 1 say more than `is_contiguous`."""
-    order = _CHANNELS_LAST.get(tensor.dim())
-    if order is None:
-        return False
-    return tensor.stride() == torch.empty(tensor.shape, device="meta", memory_format=order).stride()
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

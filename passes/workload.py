@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .program import hint
+from .memory_order import memory_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,22 +69,12 @@ def stand_in(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         value: A fake tensor of the program.
         shape: As many sizes as the value has.
     """
-    return torch.empty_permuted(
-        tuple(shape), _memory_order(value), dtype=value.dtype, device="meta"
-    )
-
-
-def _memory_order(value: torch.Tensor) -> list[int]:
-    """Return the dimensions from the outermost inwards; as they are where they have no order."""
-    strides = [hint(s) for s in value.stride()] if value.layout is torch.strided else [0]
-    if 0 in strides:
-        return list(range(value.dim()))
-    return sorted(range(value.dim()), key=lambda dim: -strides[dim])
+    return torch.empty_permuted(tuple(shape), memory_order(value), dtype=value.dtype, device="meta")
 
 
 def _form(value: torch.Tensor) -> str:
     """Return shape and type as text, and the order in memory where it is not that of the shape."""
-    order = _memory_order(value)
+    order = memory_order(value)
     ordered = order == sorted(order)
     return f"{list(value.shape)}:{value.dtype}{'' if ordered else f' in memory {order}'}"
 
