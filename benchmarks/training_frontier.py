@@ -184,7 +184,7 @@ def analyse(
     study = read_study(path)
     trials = Trials(study, results / f"{path.stem}_trials.csv", None, 1)
     arms = {
-        name: {s: trials.of(name, s, precision) for s in study.shares_of(name)}
+        name: {s: done for s in study.shares_of(name) if (done := trials.of(name, s, precision))}
         for name in study.names
     }
     timings = _timings(results / f"{path.stem}_times.csv")
@@ -246,9 +246,11 @@ def _analysis(
     Times are given for every precision that was timed: how many operations are saved is known from
     the trainings alone.
     """
-    dense = {share: trials for share, trials in arms[DENSE].items() if trials}
+    dense = arms[DENSE]
+    if max(study.shares) not in dense:
+        raise SystemExit("the full dense training is not there yet; go on with `run`")
     full = dense[max(study.shares)]
-    method = next((trials for trials in arms.get(METHOD, {}).values() if trials), [])
+    method = next(iter(arms.get(METHOD, {}).values()), [])
     found: dict[str, Any] = {
         "dense": {
             "flops": statistics.fmean(trial.flops for trial in full),
@@ -258,7 +260,7 @@ def _analysis(
     }
     for name, budgets in arms.items():
         for share, trials in budgets.items():
-            if name == DENSE or not trials:
+            if name == DENSE:
                 continue
             loss = difference(trials, full, lambda trial: trial.loss)
             worse = difference(trials, full, lambda trial: -trial.accuracy)

@@ -167,6 +167,11 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(
     assert found["method"]["saved_time"]["float32"]["value"] == pytest.approx(
         1 - kept, abs=5e-4 * kept
     )
+    trials_file.write_text("\n".join(line for line in lines if line[:4] != "even") + "\n")
+    app_says(["analyse", str(study), "--results", str(tmp_path)])
+    assert json.loads((tmp_path / "smoke.json").read_text()) == {
+        name: values for name, values in found.items() if name != "even"
+    }
     trials_file.write_text("\n".join(lines[:-1]) + "\n")
     timed = times_file.read_text()
     app_says(["run", str(study), *options])
