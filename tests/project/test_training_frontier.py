@@ -180,6 +180,14 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(
     assert times_file.read_text() == timed
 
 
+def test_a_study_without_its_full_training_is_not_analysed(tmp_path: Path) -> None:
+    study = Path(__file__).parents[2] / "benchmarks" / "frontier" / "studies" / "mnist_vit_8.yaml"
+    result = CliRunner().invoke(app, ["analyse", str(study), "--results", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "the full dense training is not there yet" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_that_is_not_there_is_trained_first(tmp_path: Path) -> None:
     code = tmp_path / "code"
     for number in range(800):
