@@ -25,6 +25,8 @@ from .row_places import RowPlaces
 _ATTENTION = "scaled_dot_product_attention"
 _LOSSES = ("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 _SELECTED = ("select", "slice")
+_MOVES = ("permute", "transpose", "t", "mT", "numpy_T", "adjoint", "movedim", "swapaxes")
+"""Operators after which a dimension is at another place."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,8 @@ class _Backwards:
             return self._by_place(node)
         mixed = mixed_dims(node)
         if self._places.place(node) is not None or mixed is None or size_argument(node):
+            return None
+        if name in _MOVES:
             return None
         # Scores [..., query, key]: element by element, or over the keys.
         cut: dict[fx.Node, int] = {}

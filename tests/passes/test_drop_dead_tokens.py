@@ -195,6 +195,30 @@ def test_a_causal_flag_becomes_the_mask_of_the_last_queries(last: int) -> None:
     assert_same_outputs(program(features), model(features), bound=rounding_bound(program))
 
 
+class Biased(nn.Module):
+    """Attention whose bias is kept as [query, key, head]: its queries are at another place then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(9, 9, 4))
+        self.projections = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, features: Tensor) -> Tensor:
+        q, k, v = (p(features).unflatten(-1, (4, 8)).transpose(1, 2) for p in self.projections[:3])
+        bias = self.bias.permute(2, 0, 1)[None]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, bias)
+        hidden: Tensor = features + self.projections[3](mixed.transpose(1, 2).flatten(2))
+        return hidden[:, 1:]
+
+
+def test_a_bias_is_cut_at_its_queries_wherever_these_come_from() -> None:
+    model = Biased().eval()
+    program, before = changed(model, (torch.randn(3, 9, 32),))
+    assert total_cost(program).flops < before
+    features = torch.randn(2, 9, 32)
+    assert_same_outputs(program(features), model(features), bound=rounding_bound(program))
+
+
 def test_it_goes_before_packing() -> None:
     inputs = call("bert-classifier", 4, 9)
     program, _ = changed(build("bert-classifier"), inputs, "drop-dead-tokens,pack-tokens")
