@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import fx, nn
 
 from graphopt.kernels.depth_gate import DepthGate, is_untrained
+from graphopt.kernels.resolution_gate import ResolutionGate
 from graphopt.passes.axis_flow import arguments_of
 from graphopt.passes.base import (
     Candidate,
@@ -84,7 +85,8 @@ class GrowDepth(Pass):
     For models with fresh weights only: a block counts as trained, and is left alone, if none of its
     parameters has the same value everywhere, as a norm's weights of 1 or a bias of 0 have. A block
     that keeps running statistics, as batch norms do, is left alone too: it would join without any,
-    and on a CNN with batch norms growing lost more than it saved (docs/training_frontier.md).
+    and on a CNN with batch norms growing lost more than it saved (docs/training_frontier.md). So is
+    a model whose images are small at first (`ramp-resolution` before this): both together lost.
 
     Source: G_stack (arXiv 2405.15319); progressive stacking (Gong et al., ICML 2019).
 
@@ -109,6 +111,9 @@ class GrowDepth(Pass):
 
     def propose(self, program: Program, context: Context) -> Proposal:
         """Find the layers that repeat; gate all but the first."""
+        if any(isinstance(part, ResolutionGate) for part in program.model.modules()):
+            both = "its images are small at first already, and both together learned less"
+            return Proposal(misses=(self._miss("(model)", both),))
         layers = repeated_layers(program)
         if not layers:
             found = residual_stream(program).reason or "no residual block follows one like it"

@@ -16,6 +16,8 @@ from zoo import EXAMPLE, find_case
 import graphopt
 from graphopt.capture import capture
 from graphopt.kernels.depth_gate import DepthGate
+from graphopt.kernels.gates import Gate
+from graphopt.kernels.resolution_gate import ResolutionGate
 from graphopt.passes.base import Context
 from graphopt.passes.errors import ConfigError
 from graphopt.passes.gates.grow_depth import GrowDepth
@@ -186,6 +188,17 @@ class Statistics(nn.Module):
         else:
             turned = self.layer(turned)
         return turned.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "growing"),
+    [("ramp-resolution,grow-depth", False), ("train", False), ("grow-depth,ramp-resolution", True)],
+)
+def test_it_leaves_models_alone_whose_images_are_small_at_first(recipe: str, growing: bool) -> None:
+    case = find_case("vit")
+    model = graphopt.optimize(case.build(), case.call(*EXAMPLE)[1], recipe=recipe, measure=False)
+    gates = {type(module) for module in model.modules() if isinstance(module, Gate)}
+    assert gates == ({ResolutionGate, DepthGate} if growing else {ResolutionGate})
 
 
 def test_a_model_without_repetition_is_refused() -> None:

@@ -88,7 +88,10 @@ MODELS: dict[str, tuple[Build, Any, Any]] = {
     "residual-convolutions": (residual_convolutions, torch.randn(3, 3, 9, 11), None),
     "pooled": (pooled, torch.randn(3, 3, 16, 16), None),
     "frozen-bert": (frozen_below, *from_zoo("bert-classifier")[1:]),
-    **{name: from_zoo(name) for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn")},
+    **{
+        name: from_zoo(name)
+        for name in ("bert-classifier", "gpt2", "llama", "modernbert", "cnn", "vit")
+    },
     **{
         name: (*from_zoo(name)[:2], None) for name in ("llama-padded", "transformer-encoder-padded")
     },
@@ -108,7 +111,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "factorize-low-rank": ("bert-classifier", "gpt2"),
     "pack-tokens": ("modernbert", "llama-padded", "transformer-encoder-padded"),
     "quantize-weights": ("bert-classifier", "gpt2"),
-    "ramp-resolution": ("pooled",),
+    "ramp-resolution": ("pooled", "vit"),
     "sparsify-blocks": ("gpt2", "llama", "modernbert"),
 }
 
