@@ -214,7 +214,7 @@ def _gate_name(image: str) -> str:
 def _whole_patches(multiple: int, height: int, width: int, tables: Sequence[PositionTable]) -> int:
     """Return what sizes are multiples of, so that no pixel is outside of all patches."""
     sides = [
-        size // count
+        max(1, size // count)
         for table in tables
         for size, count in zip((height, width), table.module.grid, strict=True)
     ]
