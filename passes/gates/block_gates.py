@@ -40,15 +40,28 @@ def insert_gate(program: Program, value: fx.Node, entry: fx.Node, name: str, gat
     holder.add_module(attribute, gate.train(holder.training))
     with program.graph.inserting_after(value):
         node = program.graph.call_module(name, (value,), {"entry": entry})
-    calls = tuple(value.meta["calls"])[: len(modules)]
-    # Analyses see the gate as what it is in evaluation mode: its first argument.
-    body = fx.Graph()
-    x = body.placeholder("x")
-    x.meta["val"] = value.meta["val"]
-    body.output(x)
-    node.meta = {"val": value.meta["val"], "modules": modules, "calls": calls, "body": body}
+    show_argument(node, modules, tuple(value.meta["calls"])[: len(modules)])
     make_lazy(node)
     value.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+
+
+def show_argument(
+    node: fx.Node, modules: tuple[str, ...] = ("",), calls: tuple[str, ...] = ("",)
+) -> None:
+    """Let analyses see a gate as what it is in evaluation mode: its first argument.
+
+    Args:
+        node: The call of the gate.
+        modules: Names of the modules that the call belongs to, outermost first.
+        calls: The same for calls.
+    """
+    argument = node.args[0]
+    assert isinstance(argument, fx.Node)
+    body = fx.Graph()
+    x = body.placeholder("x")
+    x.meta["val"] = argument.meta["val"]
+    body.output(x)
+    node.meta = {"val": x.meta["val"], "modules": modules, "calls": calls, "body": body}
 
 
 def remove_gate(model: nn.Module, name: str, kind: type[Gate]) -> None:

@@ -24,10 +24,12 @@ from graphopt.passes.base import Candidate, Change, Context, Miss, Pass, Proposa
 from graphopt.passes.details import Details, read_details
 from graphopt.passes.errors import ConfigError, PlanError
 from graphopt.passes.facts import total_cost
-from graphopt.passes.image_positions import PositionTable, fit_tables, position_tables
 from graphopt.passes.program import Program, shape_of
 from graphopt.passes.snapshot import twin_of
 from graphopt.passes.verifier import preserved
+
+from .block_gates import show_argument
+from .image_positions import PositionTable, fit_tables, position_tables
 
 _GATE = "resolution_gate"
 _GRID = "position_grid"
@@ -136,12 +138,7 @@ class RampResolution(Pass):
         users = tuple(node.users)
         with program.graph.inserting_before(users[0]):
             gated = program.graph.call_module(name, (node,))
-        # Analyses see the gate as what it is in evaluation mode: its argument.
-        body = fx.Graph()
-        entry = body.placeholder("images")
-        entry.meta["val"] = node.meta["val"]
-        body.output(entry)
-        gated.meta = {"val": node.meta["val"], "modules": ("",), "calls": ("",), "body": body}
+        show_argument(gated)
         node.replace_all_uses_with(gated, delete_user_cb=lambda user: user is not gated)
         program.changed()
 

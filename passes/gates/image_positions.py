@@ -13,13 +13,14 @@ import torch
 from torch import fx
 
 from graphopt.kernels.position_grid import PositionGrid
+from graphopt.passes.axes import axes_of
+from graphopt.passes.axis_flow import operator_name, tensor_nodes
+from graphopt.passes.axis_terms import Axis, Product, Sum, Term, atoms, normal, size_of
+from graphopt.passes.errors import PlanError
+from graphopt.passes.program import Program, shape_of
+from graphopt.passes.token_route import sizes_argument
 
-from .axes import axes_of
-from .axis_flow import operator_name, tensor_nodes
-from .axis_terms import Axis, Product, Sum, Term, atoms, normal, size_of
-from .errors import PlanError
-from .program import Program, shape_of
-from .token_route import sizes_argument
+from .block_gates import show_argument
 
 _ADDS = ("add", "add_")
 _BROADCASTS = ("expand", "broadcast_to")
@@ -89,12 +90,7 @@ def fit_tables(program: Program, tables: Sequence[PositionTable], prefix: str) -
         program.model.add_module(name, table.module.train(program.model.training))
         with program.graph.inserting_before(table.reader):
             fitted = program.graph.call_module(name, (table.node,), {"patches": table.patches})
-        # Analyses see the table as it is for images of the full size.
-        body = fx.Graph()
-        value = body.placeholder("table")
-        value.meta["val"] = table.node.meta["val"]
-        body.output(value)
-        fitted.meta = {"val": value.meta["val"], "modules": ("",), "calls": ("",), "body": body}
+        show_argument(fitted)
         table.reader.replace_input_with(table.node, fitted)
     program.changed()
 
