@@ -73,7 +73,7 @@ class Study(_Strict):
         shares: Budgets of the dense model, as shares of the full one.
         tuned: Seeds that tune: 0, -1 and so on; more of them where the tuning split is small.
         seeds: Seeds of every arm and budget, from 1.
-        full_seeds: Seeds of the method and of the full budget.
+        full_seeds: Seeds of the full budget, and of the method if it does not say its own.
         tolerance: By how much the method's loss may exceed the full budget's (non-inferiority).
         tolerance_accuracy: By how much its accuracy may fall short, in points; None for no
             accuracy.
@@ -121,8 +121,10 @@ class Study(_Strict):
 
     def seeds_of(self, name: str, share: float) -> range:
         """Return the seeds that count for an arm at a budget."""
-        full = name == METHOD or (name == DENSE and share == max(self.shares))
-        return range(1, 1 + (self.full_seeds if full else self.arm(name).seeds or self.seeds))
+        if name == DENSE and share == max(self.shares):
+            return range(1, 1 + self.full_seeds)
+        usual = self.full_seeds if name == METHOD else self.seeds
+        return range(1, 1 + (self.arm(name).seeds or usual))
 
 
 def read_study(path: Path, **settings: Any) -> Study:

@@ -131,6 +131,15 @@ def test_an_arm_with_a_budget_is_pruned_to_it(digits: Path) -> None:
     assert 0 < channels < all_channels == 32
 
 
+def test_an_arm_has_as_many_seeds_as_it_says() -> None:
+    arms = {"dense": Arm(seeds=3), "method": Arm(share=0.5, seeds=4), "other": Arm(share=0.5)}
+    study = Study(
+        workload="images", batch=2, epochs=1, rates=(0.1,), seeds=2, full_seeds=9, arms=arms
+    )
+    budgets = (("dense", 1.0), ("dense", 0.5), ("method", 0.5), ("other", 0.5))
+    assert [len(study.seeds_of(*budget)) for budget in budgets] == [9, 3, 4, 2]
+
+
 def test_a_small_study_runs_resumes_and_says_what_it_saves(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
