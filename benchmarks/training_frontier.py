@@ -33,7 +33,7 @@ import typer
 from frontier.picture import draw
 from frontier.saving import Difference, Interval, difference, saving, saving_over
 from frontier.study import DENSE, METHOD, Arm, Study, read_study
-from frontier.tasks import Task
+from frontier.tasks import load_task
 from frontier.times import pace
 from frontier.trial import Precision, Trial, full_flops, prepared, train
 from frontier.trials import Trials
@@ -81,27 +81,6 @@ class Timing:
     dense: float
     own: float
     outside: float
-
-
-def load_task(data: Path | None, checkpoint: Path | None, study: Study) -> Task:
-    """Return the workload of a study.
-
-    Raises:
-        SystemExit: if it lacks data.
-    """
-    if study.workload == "language":
-        from frontier.language import Language
-
-        return Language(data, checkpoint, **study.options)
-    if data is None:
-        raise SystemExit(f"the workload {study.workload!r} needs --data; its module says which")
-    if study.workload == "images":
-        from frontier.images import Images
-
-        return Images(data)
-    from frontier.topics import Topics
-
-    return Topics(data, checkpoint, **study.options)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """How much compute an optimized training saves at equal loss, against dense models of every kind.
 
-One study per workload (`studies/*.yaml`); `benchmarks/training_frontier.py` runs it:
+One study per workload (`studies/*.yaml`); `benchmarks/training_frontier.py` runs it,
+and `benchmarks/tuning_choice.py` makes single trainings on its tuning split:
 
     study.py    what a study says: model, arms, budgets, learning rates, seeds
     tasks.py    what a workload gives: models, batches, losses, quality on held-out data

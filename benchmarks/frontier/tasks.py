@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+
+from .study import Study
 
 Batch = dict[str, Tensor]
 Split = Literal["tuning", "test"]
@@ -52,3 +55,24 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, split: Split) -> Quality:
         """Return a model's quality; it is in evaluation mode."""
         ...
+
+
+def load_task(data: Path | None, checkpoint: Path | None, study: Study) -> Task:
+    """Return the workload of a study.
+
+    Raises:
+        SystemExit: if it lacks data.
+    """
+    if study.workload == "language":
+        from .language import Language
+
+        return Language(data, checkpoint, **study.options)
+    if data is None:
+        raise SystemExit(f"the workload {study.workload!r} needs --data; its module says which")
+    if study.workload == "images":
+        from .images import Images
+
+        return Images(data)
+    from .topics import Topics
+
+    return Topics(data, checkpoint, **study.options)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from frontier.images import Images
 from frontier.language import Language
 from frontier.saving import compute_at, difference, frontier, saving, saving_over
-from frontier.study import Arm, Study
-from frontier.trial import Trial, made
+from frontier.study import Arm, Study, read_study
+from frontier.trial import Trial, full_flops, made, run_trial
 from training_frontier import app
+from tuning_choice import app as choice_app
 from typer.testing import CliRunner
 
 
@@ -189,6 +191,49 @@ def test_a_small_study_runs_resumes_and_says_what_it_saves(
     assert times_file.read_text() == timed
 
 
+def test_a_choice_is_made_on_the_tuning_split_with_what_differs_from_the_study(
+    digits: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "smoke.yaml"
+    study.write_text(
+        "workload: images\nmodel: {kind: cnn, widths: [8, 16]}\nbatch: 50\nepochs: 2\n"
+        "rates: [0.5]\narms: {method: {share: 0.6, recipe: train}}\n"
+    )
+    rows = tmp_path / "choices.csv"
+    options = ["--data", str(digits), "--results", str(rows), "--rate", "0.01", "--rate", "0.02"]
+    options += ["--threads", str(torch.get_num_threads())]
+    changes = ["--epochs", "1", "--batch", "100", "--model", '{"widths": [8]}']
+    app_says([str(study), *options, *changes, "--seed", "0", "--seed", "-1"], choice_app)
+    app_says([str(study), *options, "--recipe", "ramp-resolution", "--seed", "0"], choice_app)
+    *dense, ramp, _ = csv.DictReader(rows.read_text().splitlines())
+    made_with = [(float(row["rate"]), int(row["seed"])) for row in dense]
+    assert made_with == [(0.01, 0), (0.02, 0), (0.01, -1), (0.02, -1)]
+    assert dense[0]["study"] == "smoke of widths [8] in batches of 100 at 1 epochs"
+    changed = read_study(study, epochs=1, batch=100, model={"kind": "cnn", "widths": [8]})
+    images = Images(digits)
+    full = full_flops(changed, images)
+    trial = run_trial(changed, images, "dense", 1.0, 0.02, -1, full_flops=full)
+    assert (trial.loss, trial.steps) == (float(dense[-1]["loss"]), int(dense[-1]["steps"]))
+    assert (ramp["study"], ramp["recipe"]) == ("smoke", "ramp-resolution")
+    assert int(ramp["steps"]) > 2 * math.ceil(images.samples / 50)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [(["--seed", "1"], "equal to 0"), (["--seed", "0", "--model", "[]"], "JSON object")],
+)
+def test_a_choice_that_must_not_be_made_is_refused(
+    tmp_path: Path, option: list[str], expected: str
+) -> None:
+    study = Path(__file__).parents[2] / "benchmarks" / "frontier" / "studies" / "mnist_cnn.yaml"
+    rows = tmp_path / "choices.csv"
+    command = [str(study), "--results", str(rows), "--rate", "0.01", *option]
+    result = CliRunner().invoke(choice_app, [*command, "--threads", str(torch.get_num_threads())])
+    assert result.exit_code
+    assert expected in result.output + str(result.exception)
+    assert not rows.exists()
+
+
 def test_a_study_without_its_full_training_is_not_analysed(tmp_path: Path) -> None:
     study = Path(__file__).parents[2] / "benchmarks" / "frontier" / "studies" / "mnist_vit_8.yaml"
     result = CliRunner().invoke(app, ["analyse", str(study), "--results", str(tmp_path)])
@@ -229,7 +274,7 @@ def test_a_corpus_without_a_test_part_is_refused(tmp_path: Path) -> None:
         assert task.samples
 
 
-def app_says(command: list[str]) -> str:
-    result = CliRunner().invoke(app, command)
+def app_says(command: list[str], program: typer.Typer = app) -> str:
+    result = CliRunner().invoke(program, command)
     assert result.exit_code == 0, result.output
     return result.output
